@@ -1,0 +1,243 @@
+"""Models from local files into memory: a diffusers folder, or one `.safetensors` in the original layout.
+
+Only safetensors are read, never pickles, and never the network: fetching is the business of whoever made the
+folder. Every number about a model (picture size, VAE factor, token limit, latent channels) is read from its
+configs here, so that no other code assumes those of Stable Diffusion 1.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from services.domain.errors import BadInput
+
+_SINGLE_FILE_TEXT = "cond_stage_model.transformer."
+_SINGLE_FILE_PREFIX = "cond_stage_model.transformer.text_model."
+_LOAD_FAULTS = (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError)
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The parts of one text-to-image model, in memory and in evaluation mode.
+
+    Attributes:
+        scheduler_config: the model's own noise schedule, as in `scheduler_config.json`.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: Mapping[str, Any]
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 1 << (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def native_size_px(self) -> int:
+        """Side of the square picture that the UNet was made for."""
+        size = self.unet.config.sample_size
+        cells = size if isinstance(size, int) else max(size)
+        return int(cells) * self.vae_factor
+
+    @property
+    def model_max_length(self) -> int:
+        """Token positions of one prompt, start and end token included."""
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def scaling_factor(self) -> float:
+        """What VAE latents are multiplied by before the UNet sees them."""
+        return float(self.vae.config.scaling_factor)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet's weights are."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the UNet's weights."""
+        return self.unet.dtype
+
+    def with_modules(self, **parts: Any) -> "Components":
+        """The same model with some parts replaced, for instance `unet=`."""
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A diffusers folder on disk, each part loaded on its own so that models can share parts."""
+
+    root: Path
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+
+    def load(self) -> Components:
+        """All parts.
+
+        Raises:
+            BadInput: a part is missing, damaged, of another architecture, or lacks weights.
+        """
+        return Components(
+            self.load_unet(),
+            self.load_vae(),
+            self.load_text_encoder(),
+            self.load_tokenizer(),
+            self.scheduler_config(),
+        )
+
+    def load_unet(self) -> UNet2DConditionModel:
+        """The UNet; raises as :meth:`load`."""
+        return self._load_weights(UNet2DConditionModel, "unet")
+
+    def load_vae(self) -> AutoencoderKL:
+        """The autoencoder; raises as :meth:`load`."""
+        return self._load_weights(AutoencoderKL, "vae")
+
+    def load_text_encoder(self) -> CLIPTextModel:
+        """The text encoder, from keys with or without `text_model.`; raises as :meth:`load`."""
+        return self._load_weights(CLIPTextModel, "text_encoder")
+
+    def load_tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer, from either form of its files; raises as :meth:`load`."""
+        try:
+            return CLIPTokenizer.from_pretrained(str(self.root / "tokenizer"), local_files_only=True)
+        except _LOAD_FAULTS as error:
+            raise _unusable("tokenizer", error) from error
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The noise schedule's configuration; raises as :meth:`load`."""
+        path = self.root / "scheduler" / "scheduler_config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _unusable("scheduler", error) from error
+        if not isinstance(config, dict):
+            raise BadInput("the model's scheduler cannot be used: its configuration is not an object")
+        return config
+
+    def _load_weights(self, cls: Any, part: str) -> Any:
+        try:
+            module, info = cls.from_pretrained(
+                str(self.root / part),
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype=self.dtype,
+                output_loading_info=True,
+            )
+        except _LOAD_FAULTS as error:
+            raise _unusable(part, error) from error
+        # A missing key leaves random weights behind and only a log line: that must not draw pictures.
+        if missing := sorted(str(key) for key in info["missing_keys"]):
+            raise BadInput(f"the model's {part} lacks {len(missing)} of its weights, first {missing[0]}")
+        return module.to(self.device).eval()
+
+
+def load_components(
+    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Components:
+    """Load a diffusers folder.
+
+    Args:
+        folder: holds `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`.
+        dtype: precision of all weights.
+        device: where they go.
+
+    Raises:
+        BadInput: a part is missing, damaged, of another architecture, or lacks weights.
+    """
+    return ModelFolder(folder, dtype, device).load()
+
+
+def load_single_file(
+    path: Path, config_folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Components:
+    """Load one `.safetensors` in the original (CompVis) layout.
+
+    Args:
+        path: the checkpoint. Text encoder keys without `text_model.` are accepted too.
+        config_folder: a diffusers folder of the same architecture, for configs, tokenizer and scheduler.
+        dtype: precision of all weights.
+        device: where they go.
+
+    Raises:
+        BadInput: not such a file, or not of the architecture that `config_folder` describes.
+    """
+    folder = ModelFolder(config_folder, dtype, device)
+    try:
+        state = with_text_prefix(load_file(path))
+        unet = _from_state(UNet2DConditionModel, state, folder, "unet")
+        vae = _from_state(AutoencoderKL, state, folder, "vae")
+        text_encoder = create_diffusers_clip_model_from_ldm(
+            CLIPTextModel,
+            dict(state),
+            subfolder="text_encoder",
+            config=str(config_folder),
+            torch_dtype=dtype,
+            local_files_only=True,
+        )
+        _check_complete(text_encoder, "text_encoder")
+        text_encoder = text_encoder.to(device)
+    except _LOAD_FAULTS as error:
+        raise _unusable("checkpoint", error) from error
+    return Components(unet, vae, text_encoder.eval(), folder.load_tokenizer(), folder.scheduler_config())
+
+
+def with_text_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A single-file state with `text_model.` put back where a newer library's export dropped it."""
+    return {
+        _SINGLE_FILE_PREFIX + key.removeprefix(_SINGLE_FILE_TEXT)
+        if key.startswith(_SINGLE_FILE_TEXT) and not key.startswith(_SINGLE_FILE_PREFIX)
+        else key: tensor
+        for key, tensor in state.items()
+    }
+
+
+def quiet_libraries() -> None:
+    """Keep the model libraries' progress bars and notices out of a process's log; errors stay."""
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def _from_state(cls: Any, state: dict[str, torch.Tensor], folder: ModelFolder, part: str) -> Any:
+    module = cls.from_single_file(
+        dict(state), config=str(folder.root), subfolder=part, local_files_only=True, torch_dtype=folder.dtype
+    )
+    _check_complete(module, part)
+    return module.to(folder.device).eval()
+
+
+def _check_complete(module: torch.nn.Module, part: str) -> None:
+    missing = sorted(name for name, tensor in module.named_parameters() if tensor.is_meta)
+    if missing:
+        raise BadInput(f"the checkpoint lacks {len(missing)} weights of its {part}, first {missing[0]}")
+
+
+def _unusable(part: str, error: Exception) -> BadInput:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BadInput(f"the model's {part} cannot be used: {first_line}")
