@@ -1,0 +1,451 @@
+"""Every environment variable of the platform: type, default, unit and meaning; one frozen class a process.
+
+Only `__main__` modules call :func:`load_or_exit`, once; everything else receives values. Making a settings object
+by hand (tests, the launcher) reads no environment. The table in `docs/settings.md` is what :func:`render_table`
+writes: `python -m services.adapters.settings > docs/settings.md`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+PREFIX = "LIKENESS_"
+CONFIGURATION_FAULT = 78
+"""Exit status of a process whose settings are wrong (EX_CONFIG of sysexits.h)."""
+
+EMBEDDED_NATS_ADDR = "127.0.0.1:8104"
+"""Where the launcher's own nats-server listens unless told otherwise."""
+
+S = TypeVar("S", bound="CommonSettings")
+
+
+class SettingsError(Exception):
+    """All faults of the environment, one sentence each."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def _checked_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError("must be host:port with a port from 0 to 65535")
+    return text
+
+
+def _networks(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(ip_network(part.strip(), strict=False) for part in value.split(",") if part.strip())
+
+
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _checked_artifacts(text: str) -> str:
+    if text and not re.fullmatch(r"folder:.+", text):
+        raise ValueError("must be folder:PATH")
+    return text
+
+
+def _checked_url(text: str) -> str:
+    if text and not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", text):
+        raise ValueError("must be an http or https URL without query")
+    return text.rstrip("/")
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_networks)]
+ArtifactsPlace = Annotated[str, AfterValidator(_checked_artifacts)]
+Replicas = Annotated[Literal[1, 3], BeforeValidator(_number)]
+Url = Annotated[str, AfterValidator(_checked_url)]
+
+
+def setting(default: Any, meaning: str, *, unit: str = "", **limits: Any) -> Any:
+    """One variable: its default, its sentence, and its unit if it has one.
+
+    Args:
+        default: value when the variable is not set.
+        meaning: what it decides, as a sentence.
+        unit: unit of a number, for the table.
+        limits: `ge`, `gt`, `le`, `lt` as pydantic spells them.
+
+    Returns:
+        A pydantic field.
+    """
+    return Field(default=default, description=meaning, json_schema_extra={"unit": unit}, **limits)
+
+
+class CommonSettings(BaseSettings):
+    """What every process reads."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
+    process: ClassVar[str] = ""
+
+    home: Path = setting(Path(".likeness"), "Data folder of the embedded platform.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "INFO", "Least severe log lines that are written: DEBUG, INFO, WARNING or ERROR."
+    )
+    log_format: Literal["auto", "json", "text"] = setting(
+        "auto", "Log lines as JSON or as plain text; auto: text on a terminal, JSON elsewhere."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Leaves the arguments as the only source; :func:`load` turns the environment into arguments."""
+        return (init_settings,)
+
+
+class ServerSettings(CommonSettings):
+    """What every long-running process reads."""
+
+    grace_s: float = setting(
+        20.0, "Time that calls and jobs get to end after SIGTERM before they are cut off.", unit="s", ge=0
+    )
+    ready_fd: int | None = setting(
+        None, "Number of an open file that gets a line once the process serves; set by the launcher.", ge=3
+    )
+
+
+class NatsSettings(CommonSettings):
+    """Where the job log is."""
+
+    nats_url: str = setting(
+        "",
+        "Address of the job log; empty: the launcher starts its own nats-server, and a service that is "
+        f"started alone looks for it at nats://{EMBEDDED_NATS_ADDR}.",
+    )
+    nats_replicas: Replicas = setting(1, "Copies of each stream: 1, or 3 on a cluster of servers.")
+
+    @property
+    def nats_servers(self) -> list[str]:
+        """Addresses to connect to."""
+        return [part.strip() for part in (self.nats_url or f"nats://{EMBEDDED_NATS_ADDR}").split(",")]
+
+
+class StorageAddress(CommonSettings):
+    """Where to find storage."""
+
+    storage_addr: Address = setting("127.0.0.1:8103", "StorageService and AccessService (gRPC).")
+
+
+class TrainingAddress(CommonSettings):
+    """Where to find the trainer api."""
+
+    training_addr: Address = setting("127.0.0.1:8101", "TrainingService and its WorkerService (gRPC).")
+
+
+class InferenceAddress(CommonSettings):
+    """Where to find the inference api."""
+
+    inference_addr: Address = setting("127.0.0.1:8102", "InferenceService and its WorkerService (gRPC).")
+
+
+class EgressSettings(CommonSettings):
+    """What addresses that users name may point to."""
+
+    egress_allow: Networks = setting(
+        (),
+        "Address ranges, comma separated, that downloads and webhooks may reach although they are private.",
+    )
+
+
+class BaseModelSettings(CommonSettings):
+    """Which model is meant when a request names none."""
+
+    base_model: str = setting("pocket", "Base model of requests that name none.")
+
+
+class LeaseSettings(CommonSettings):
+    """When a silent worker loses its jobs."""
+
+    lease_s: float = setting(
+        30.0, "A job that its worker has not named for so long is given to another worker.", unit="s", gt=0
+    )
+
+
+class WorkerSettings(ServerSettings, StorageAddress):
+    """What both kinds of workers read."""
+
+    worker_health_addr: Address = setting(
+        "127.0.0.1:0", "Where a worker answers health checks (gRPC); port 0 takes any free one."
+    )
+    beat_s: float = setting(5.0, "Time between two signs of life of a worker.", unit="s", gt=0)
+    device: str = setting("auto", "Device that computes: auto, cpu, cuda or cuda:N.")
+    cache: Path | None = setting(
+        None, "Folder of models that a worker has fetched; default: cache under LIKENESS_HOME."
+    )
+    cache_bytes: int = setting(
+        20 * 1024**3,
+        "Size to which a worker's cache may grow before old models leave it.",
+        unit="bytes",
+        gt=0,
+    )
+
+    @property
+    def cache_path(self) -> Path:
+        """The folder that :attr:`cache` names, or its default."""
+        return self.cache or self.home / "cache"
+
+
+class GatewaySettings(
+    ServerSettings,
+    NatsSettings,
+    StorageAddress,
+    TrainingAddress,
+    InferenceAddress,
+    EgressSettings,
+    BaseModelSettings,
+):
+    """The HTTP edge."""
+
+    process: ClassVar[str] = "gateway"
+
+    http_addr: Address = setting("127.0.0.1:8000", "Where the gateway listens (HTTP).")
+    public_url: Url = setting("", "Base of the URLs handed out; empty: the request's own host.")
+
+
+class TrainerApiSettings(
+    ServerSettings,
+    NatsSettings,
+    StorageAddress,
+    TrainingAddress,
+    InferenceAddress,
+    BaseModelSettings,
+    LeaseSettings,
+):
+    """The trainer api."""
+
+    process: ClassVar[str] = "trainer api"
+
+
+class TrainerWorkerSettings(WorkerSettings, TrainingAddress):
+    """The trainer worker."""
+
+    process: ClassVar[str] = "trainer worker"
+
+    checkpoint_s: float = setting(
+        60.0, "Time between two recovery checkpoints of a training.", unit="s", gt=0
+    )
+
+
+class InferenceApiSettings(
+    ServerSettings, NatsSettings, StorageAddress, InferenceAddress, BaseModelSettings, LeaseSettings
+):
+    """The inference api."""
+
+    process: ClassVar[str] = "inference api"
+
+
+class InferenceWorkerSettings(WorkerSettings, InferenceAddress):
+    """The inference worker."""
+
+    process: ClassVar[str] = "inference worker"
+
+
+class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelSettings):
+    """Storage."""
+
+    process: ClassVar[str] = "storage"
+
+    artifacts: ArtifactsPlace = setting(
+        "", "Where blobs and manifests are kept: folder:PATH; empty: artifacts under LIKENESS_HOME."
+    )
+    models: Path | None = setting(
+        None, "TOML catalogue of base models; default: only the embedded model under LIKENESS_HOME."
+    )
+    bootstrap_key_file: Path | None = setting(
+        None, "File that holds the key of a development project; made, mode 0600, where it is missing."
+    )
+
+    @property
+    def artifacts_path(self) -> Path:
+        """The folder that :attr:`artifacts` names, or its default."""
+        return Path(self.artifacts.removeprefix("folder:")) if self.artifacts else self.home / "artifacts"
+
+
+class LauncherSettings(GatewaySettings):
+    """The launcher; it hands each value on to the services that read it."""
+
+    process: ClassVar[str] = "launcher"
+
+    nats_addr: Address = setting(EMBEDDED_NATS_ADDR, "Where the launcher's own nats-server listens.")
+    nats_monitor_addr: Address = setting(
+        "127.0.0.1:8105", "Where the launcher's own nats-server answers its monitor (HTTP)."
+    )
+
+
+class CliSettings(CommonSettings):
+    """The `likeness` command."""
+
+    process: ClassVar[str] = "cli"
+
+    url: Url = setting("http://127.0.0.1:8000", "The gateway that the command line speaks to.")
+    api_key: SecretStr = setting(
+        SecretStr(""), "API key; empty: the one in the file api-key under LIKENESS_HOME."
+    )
+
+
+class BenchSettings(CommonSettings):
+    """The benchmark and the picture-quality table."""
+
+    process: ClassVar[str] = "bench"
+
+    diffusers: Path | None = setting(None, "Path of a diffusers checkout, the peer to compare with.")
+
+
+PROCESSES: tuple[type[CommonSettings], ...] = (
+    GatewaySettings,
+    TrainerApiSettings,
+    TrainerWorkerSettings,
+    InferenceApiSettings,
+    InferenceWorkerSettings,
+    StorageSettings,
+    LauncherSettings,
+    CliSettings,
+    BenchSettings,
+)
+
+
+def variables() -> dict[str, tuple[FieldInfo, list[str]]]:
+    """Every variable, in order of its name, with its field and the processes that read it."""
+    known: dict[str, tuple[FieldInfo, list[str]]] = {}
+    for cls in PROCESSES:
+        for name, field in cls.model_fields.items():
+            known.setdefault(PREFIX + name.upper(), (field, []))[1].append(cls.process)
+    return dict(sorted(known.items()))
+
+
+def load(cls: type[S], environ: Mapping[str, str]) -> S:
+    """Reads one process's settings.
+
+    Args:
+        cls: the process's class.
+        environ: environment variables.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingsError: with every wrong value and every unknown `LIKENESS_` variable.
+    """
+    source = EnvSettingsSource(cls, env_ignore_empty=True)
+    source.env_vars = {name.lower(): value for name, value in environ.items() if value != ""}
+    faults = _unknown(environ)
+    try:
+        settings = cls(**source())
+    except ValidationError as error:
+        faults = _wrong(error) + faults
+    if faults:
+        raise SettingsError(faults)
+    return settings
+
+
+def _unknown(environ: Mapping[str, str]) -> list[str]:
+    known = variables()
+    names = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    return [f"{name}: no such setting" for name in names]
+
+
+def _wrong(error: ValidationError) -> list[str]:
+    """One sentence a variable; the value stays out of it, since it may be a secret."""
+    faults: dict[str, str] = {}
+    for detail in error.errors(include_input=False, include_url=False):
+        name = PREFIX + str(detail["loc"][0]).upper()
+        faults.setdefault(name, f"{name}: {detail['msg'].removeprefix('Value error, ')}")
+    return list(faults.values())
+
+
+def load_or_exit(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
+    """Reads one process's settings from the environment, or ends the process saying what is wrong.
+
+    Args:
+        cls: the process's class.
+        environ: environment variables; the process's own by default.
+
+    Returns:
+        The settings.
+    """
+    try:
+        return load(cls, os.environ if environ is None else environ)
+    except SettingsError as error:
+        _exit_with(error.faults)
+
+
+def _exit_with(faults: list[str]) -> NoReturn:
+    sys.stderr.write("wrong settings:\n" + "".join(f"  {fault}\n" for fault in faults))
+    raise SystemExit(CONFIGURATION_FAULT)
+
+
+def to_environ(settings: CommonSettings) -> dict[str, str]:
+    """Writes settings as environment variables, for a process that is to be started with them.
+
+    Args:
+        settings: any process's settings.
+
+    Returns:
+        Variables whose values :func:`load` reads back as the same settings; unset ones are left out.
+    """
+    values = {name: getattr(settings, name) for name in type(settings).model_fields}
+    return {
+        PREFIX + name.upper(): _text(value) for name, value in values.items() if value not in (None, "", ())
+    }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value)
+    return str(value)
+
+
+def render_table() -> str:
+    """The settings page of the documentation, as Markdown."""
+    lines = [
+        "# Settings",
+        "",
+        "Every setting is an environment variable. An unknown `LIKENESS_` variable, or a wrong value, keeps a",
+        "process from starting; all faults are reported together. This page is generated:",
+        "`python -m services.adapters.settings > docs/settings.md`.",
+        "",
+        "| variable | default | unit | read by | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [_row(name, field, processes) for name, (field, processes) in variables().items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, field: FieldInfo, processes: list[str]) -> str:
+    extra = field.json_schema_extra
+    unit = extra.get("unit", "") if isinstance(extra, dict) else ""
+    default = "" if field.default is None else _text(field.default)
+    readers = "all" if len(processes) == len(PROCESSES) else ", ".join(processes)
+    return f"| `{name}` | {f'`{default}`' if default else '(unset)'} | {unit} | {readers} | {field.description} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render_table())
