@@ -1,0 +1,94 @@
+"""Names of stored things: artifact keys, references, media types, size limits. The only file that spells a key."""
+
+import re
+from typing import Final
+
+from services.domain.errors import InvalidSpec
+
+SHARED_SCOPE: Final = "shared"
+CHUNK_BYTES: Final = 1024 * 1024
+MAX_DOCUMENT_BYTES: Final = 64 * 1024
+MEDIA_TYPES: Final = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".json": "application/json",
+    ".safetensors": "application/octet-stream",
+    ".txt": "text/plain",
+    ".zip": "application/zip",
+}
+
+_PROJECT: Final = re.compile(r"^[a-z0-9-]{1,40}$")
+_DIGEST: Final = re.compile(r"^[0-9a-f]{64}$")
+_REF_KIND: Final = re.compile(r"^[a-z_]{1,32}$")
+_REF_NAME: Final = re.compile(r"^(?!\.)[A-Za-z0-9_.-]{1,128}$")
+_BLOB_KEY: Final = re.compile(r"^(?:shared|projects/(?P<project>[a-z0-9-]{1,40}))/blobs/sha256/(?P<digest>[0-9a-f]{64})$")
+
+
+def scope(project: str) -> str:
+    """The prefix of everything a project owns; the shared catalogue for "".
+
+    Raises:
+        InvalidSpec: not a project id.
+    """
+    if not project:
+        return SHARED_SCOPE
+    if not _PROJECT.match(project):
+        raise InvalidSpec("must be 1 to 40 lower-case letters, digits or '-'", "project_id")
+    return f"projects/{project}"
+
+
+def blob_key(project: str, digest: str) -> str:
+    """The key of a blob with this SHA-256, lower-case hexadecimal."""
+    if not _DIGEST.match(digest):
+        raise InvalidSpec("must be a SHA-256 in lower-case hexadecimal", "digest")
+    return f"{scope(project)}/blobs/sha256/{digest}"
+
+
+def digest_of_key(key: str) -> str:
+    """The SHA-256 that a blob's key promises.
+
+    Raises:
+        InvalidSpec: not the key of a blob.
+    """
+    return _match_blob(key)["digest"]
+
+
+def project_of_key(key: str) -> str:
+    """The project that owns a blob; "" for the shared catalogue."""
+    return _match_blob(key)["project"] or ""
+
+
+def is_blob_key(key: str) -> bool:
+    """The text is well formed as a blob's key."""
+    return _BLOB_KEY.match(key) is not None
+
+
+def ref_key(project: str, kind: str, name: str) -> str:
+    """The key of a reference document.
+
+    Raises:
+        InvalidSpec: kind or name is malformed.
+    """
+    if not _REF_KIND.match(kind):
+        raise InvalidSpec("must be 1 to 32 lower-case letters or '_'", "ref.kind")
+    if not _REF_NAME.match(name):
+        raise InvalidSpec("must be 1 to 128 letters, digits, '_', '.' or '-'", "ref.name")
+    return f"{scope(project)}/refs/{kind}/{name}"
+
+
+def ref_prefix(project: str, kind: str) -> str:
+    """What the keys of all references of a kind begin with."""
+    return f"{scope(project)}/refs/{kind}/"
+
+
+def media_type_of(file_name: str) -> str:
+    """Media type by the name's ending; application/octet-stream for the rest."""
+    dot = file_name.rfind(".")
+    return MEDIA_TYPES.get(file_name[dot:].lower(), "application/octet-stream")
+
+
+def _match_blob(key: str) -> re.Match[str]:
+    found = _BLOB_KEY.match(key)
+    if found is None:
+        raise InvalidSpec("is not the key of a blob", "key")
+    return found
