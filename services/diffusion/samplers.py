@@ -1,0 +1,193 @@
+"""Noise schedulers: the one table from canonical names to classes, and one picture's walk along its timesteps.
+
+The library's scheduler objects carry state from step to step. Every picture therefore gets an object and a random
+generator of its own, which lets pictures with different schedulers and step counts share one call of the UNet.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import diffusers
+import torch
+from likeness.inference.v1 import generation_job_pb2 as pb
+from torch import Tensor
+
+from services.domain.errors import InvalidSpec
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """What one canonical scheduler is in the library.
+
+    Attributes:
+        cls: the class.
+        overrides: settings that replace those of the model's own schedule.
+        karras: it knows the noise levels of Karras et al. (2022).
+        algorithm: it takes a variant of the DPM-Solver family.
+        generator: its step draws noise, and takes the generator to draw it from.
+        eta: its step takes DDIM's eta.
+    """
+
+    cls: Any
+    overrides: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    karras: bool = False
+    algorithm: bool = False
+    generator: bool = False
+    eta: bool = False
+
+
+SAMPLERS: Mapping[int, SamplerRow] = MappingProxyType(
+    {
+        pb.SCHEDULER_DDIM: SamplerRow(diffusers.DDIMScheduler, generator=True, eta=True),
+        pb.SCHEDULER_DDPM: SamplerRow(diffusers.DDPMScheduler, generator=True),
+        pb.SCHEDULER_PNDM: SamplerRow(diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+        pb.SCHEDULER_LMS_DISCRETE: SamplerRow(diffusers.LMSDiscreteScheduler, karras=True),
+        pb.SCHEDULER_EULER_DISCRETE: SamplerRow(
+            diffusers.EulerDiscreteScheduler, karras=True, generator=True
+        ),
+        pb.SCHEDULER_EULER_ANCESTRAL_DISCRETE: SamplerRow(
+            diffusers.EulerAncestralDiscreteScheduler, generator=True
+        ),
+        pb.SCHEDULER_DPM_SOLVER_MULTISTEP: SamplerRow(
+            diffusers.DPMSolverMultistepScheduler, karras=True, algorithm=True, generator=True
+        ),
+        pb.SCHEDULER_DPM_SOLVER_SINGLESTEP: SamplerRow(
+            diffusers.DPMSolverSinglestepScheduler, karras=True, algorithm=True, generator=True
+        ),
+        pb.SCHEDULER_HEUN_DISCRETE: SamplerRow(diffusers.HeunDiscreteScheduler, karras=True),
+        pb.SCHEDULER_KDPM2_DISCRETE: SamplerRow(diffusers.KDPM2DiscreteScheduler, karras=True),
+        pb.SCHEDULER_KDPM2_ANCESTRAL_DISCRETE: SamplerRow(
+            diffusers.KDPM2AncestralDiscreteScheduler, karras=True, generator=True
+        ),
+        pb.SCHEDULER_UNIPC_MULTISTEP: SamplerRow(diffusers.UniPCMultistepScheduler, karras=True),
+        pb.SCHEDULER_DEIS_MULTISTEP: SamplerRow(diffusers.DEISMultistepScheduler, karras=True),
+        pb.SCHEDULER_LCM: SamplerRow(diffusers.LCMScheduler, generator=True),
+    }
+)
+
+_ALGORITHMS: Mapping[int, str] = MappingProxyType(
+    {
+        pb.SOLVER_ALGORITHM_DPMSOLVER_PLUS_PLUS: "dpmsolver++",
+        pb.SOLVER_ALGORITHM_SDE_DPMSOLVER_PLUS_PLUS: "sde-dpmsolver++",
+    }
+)
+
+
+@dataclass(slots=True)
+class Sampler:
+    """One picture's way from noise to latents.
+
+    Attributes:
+        scheduler: the library's object, used by this picture only.
+        timesteps: what the UNet is told at each call, on the CPU; second-order methods have nearly two a step.
+        generator: source of the noise that stochastic methods add.
+        step_arguments: what the object's step takes besides prediction, timestep and latents.
+    """
+
+    scheduler: Any
+    timesteps: Tensor
+    generator: torch.Generator
+    step_arguments: Mapping[str, Any]
+
+    @property
+    def calls(self) -> int:
+        """UNet calls that the whole walk takes."""
+        return len(self.timesteps)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Unit Gaussian noise, scaled to the walk's first noise level."""
+        return noise * float(self.scheduler.init_noise_sigma)
+
+    def model_input(self, latents: Tensor, index: int) -> Tensor:
+        """What the UNet sees of `latents` at call number `index`, from 0."""
+        return self.scheduler.scale_model_input(latents, self.timesteps[index])
+
+    def step(self, prediction: Tensor, index: int, latents: Tensor) -> Tensor:
+        """Move on by one UNet call.
+
+        Args:
+            prediction: the guided output of the UNet, [1, c, h, w].
+            index: number of the call, from 0; calls must follow each other.
+            latents: where the walk stands, [1, c, h, w].
+
+        Returns:
+            The new latents.
+        """
+        moved = self.scheduler.step(
+            prediction, self.timesteps[index], latents, **self.step_arguments, return_dict=False
+        )
+        return moved[0]
+
+
+def build_sampler(
+    scheduler: int,
+    schedule: Mapping[str, Any],
+    steps: int,
+    generator: torch.Generator,
+    *,
+    use_karras_sigmas: bool = False,
+    algorithm: int = pb.SOLVER_ALGORITHM_UNSPECIFIED,
+    eta: float = 0.0,
+) -> Sampler:
+    """Make one picture's sampler.
+
+    Args:
+        scheduler: canonical value; unspecified is DDIM.
+        schedule: the model's own scheduler configuration: betas, prediction type, spacing.
+        steps: denoising steps, 1 or more.
+        generator: the picture's own.
+        use_karras_sigmas: used by the schedulers that know it.
+        algorithm: canonical variant of the DPM-Solver family; used by that family.
+        eta: DDIM's, 0..1; used by DDIM.
+
+    Raises:
+        InvalidSpec: the scheduler is not available, or cannot walk in this many steps.
+    """
+    row = sampler_row(scheduler)
+    library_object = row.cls.from_config(_configuration(row, schedule, use_karras_sigmas, algorithm))
+    try:
+        library_object.set_timesteps(steps, device="cpu")
+    except ValueError as error:
+        raise InvalidSpec(f"cannot be {steps} with this scheduler", "num_inference_steps") from error
+    arguments: dict[str, Any] = {"generator": generator} if row.generator else {}
+    if row.eta:
+        arguments["eta"] = eta
+    return Sampler(library_object, library_object.timesteps, generator, arguments)
+
+
+def sampler_row(scheduler: int) -> SamplerRow:
+    """The table's row for a canonical value; unspecified is DDIM.
+
+    Raises:
+        InvalidSpec: the value is unknown or has no sampler here.
+    """
+    row = SAMPLERS.get(scheduler or pb.SCHEDULER_DDIM)
+    if row is None:
+        names = pb.Scheduler.DESCRIPTOR.values_by_number
+        name = names[scheduler].name.removeprefix("SCHEDULER_") if scheduler in names else str(scheduler)
+        raise InvalidSpec(f"{name} is not offered by this installation", "scheduler")
+    return row
+
+
+def model_calls(scheduler: int, schedule: Mapping[str, Any], steps: int) -> int:
+    """UNet calls that `steps` denoising steps take; raises as :func:`build_sampler`."""
+    return build_sampler(scheduler, schedule, steps, torch.Generator()).calls
+
+
+def _configuration(
+    row: SamplerRow, schedule: Mapping[str, Any], use_karras_sigmas: bool, algorithm: int
+) -> dict[str, Any]:
+    known = set(row.cls._get_init_keys(row.cls))
+    configuration = {key: value for key, value in schedule.items() if key in known} | dict(row.overrides)
+    if row.karras:
+        configuration["use_karras_sigmas"] = use_karras_sigmas
+    if row.algorithm:
+        # A model's own configuration may name a variant; only a request or the class's default decides here.
+        configuration.pop("algorithm_type", None)
+        if algorithm in _ALGORITHMS:
+            configuration["algorithm_type"] = _ALGORITHMS[algorithm]
+    return configuration

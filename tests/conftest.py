@@ -1,0 +1,34 @@
+"""Fixtures that several packages share. Nothing here loads torch before a test asks for a model."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny random pipeline: 16 px native, VAE factor 2. Read only."""
+    return _build(tmp_path_factory, "fixture")
+
+
+@pytest.fixture(scope="session")
+def embedded_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in the embedded model's shape: 512 px native, VAE factor 32, 12 latent channels. Read only."""
+    return _build(tmp_path_factory, "embedded")
+
+
+@pytest.fixture(scope="session")
+def sd1_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the four UNet blocks that the single-file layout is made for. Read only."""
+    return _build(tmp_path_factory, "sd1")
+
+
+def _build(tmp_path_factory: pytest.TempPathFactory, preset: str) -> Path:
+    import torch
+
+    from services.diffusion.loading import quiet_libraries
+    from services.diffusion.tiny import PRESETS, build_pipeline_folder
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    return build_pipeline_folder(tmp_path_factory.mktemp("models") / preset, PRESETS[preset])

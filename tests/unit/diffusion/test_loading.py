@@ -1,0 +1,101 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.diffusion.drawing import Drawing, decode, draw_latents
+from services.diffusion.exporting import TEXT_ENCODER_WEIGHTS, UNET_WEIGHTS
+from services.diffusion.loading import Components, ModelFolder, load_components, load_single_file
+from services.diffusion.single_file import save_single_file
+from services.domain.errors import BadInput
+
+DRAWING = Drawing("a robot", num_inference_steps=2, seed=3)
+
+
+def decoded(components: Components) -> torch.Tensor:
+    return decode(components, draw_latents(components, DRAWING))
+
+
+@pytest.fixture
+def model_copy(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+def test_text_encoder_keys_without_prefix_load_the_same_weights(
+    model_copy: Path, components: Components
+) -> None:
+    path = model_copy / TEXT_ENCODER_WEIGHTS
+    state = load_file(path)
+    save_file(
+        {key.removeprefix("text_model."): tensor for key, tensor in state.items()}, path, {"format": "pt"}
+    )
+    bare = ModelFolder(model_copy).load_text_encoder().state_dict()
+    assert all(torch.equal(bare[key], tensor) for key, tensor in components.text_encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", [UNET_WEIGHTS, TEXT_ENCODER_WEIGHTS])
+def test_model_that_lacks_weights_is_refused(model_copy: Path, weights: str) -> None:
+    state = load_file(model_copy / weights)
+    state.pop(sorted(state)[-1])
+    save_file(state, model_copy / weights, {"format": "pt"})
+    with pytest.raises(BadInput):
+        load_components(model_copy)
+
+
+def test_damaged_weights_are_refused(model_copy: Path) -> None:
+    content = (model_copy / UNET_WEIGHTS).read_bytes()
+    (model_copy / UNET_WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadInput, match="unet cannot be used"):
+        load_components(model_copy)
+
+
+def test_pickled_weights_are_not_read(model_copy: Path) -> None:
+    state = load_file(model_copy / UNET_WEIGHTS)
+    (model_copy / UNET_WEIGHTS).unlink()
+    torch.save(state, model_copy / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(BadInput, match="unet"):
+        load_components(model_copy)
+
+
+@pytest.mark.parametrize("part", ["vae", "tokenizer", "scheduler"])
+def test_missing_part_is_named(model_copy: Path, part: str) -> None:
+    shutil.rmtree(model_copy / part)
+    with pytest.raises(BadInput, match=part):
+        load_components(model_copy)
+
+
+def test_dtype_of_all_weights_can_be_chosen(tiny_model_dir: Path) -> None:
+    loaded = load_components(tiny_model_dir, torch.bfloat16)
+    parts = (loaded.unet, loaded.vae, loaded.text_encoder)
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""], ids=["with_prefix", "without_prefix"])
+def test_single_file_draws_the_same_picture_as_the_folder(
+    sd1_model_dir: Path, tmp_path: Path, prefix: str
+) -> None:
+    folder, path = load_components(sd1_model_dir), tmp_path / "model.safetensors"
+    save_single_file(folder, path)
+    state = {key.replace("text_model.", prefix): tensor for key, tensor in load_file(path).items()}
+    save_file(state, path, {"format": "pt"})
+    single = load_single_file(path, sd1_model_dir)
+    difference = (decoded(single) - decoded(folder)).abs().max()
+    assert float(difference) < 1e-4
+
+
+def test_single_file_of_another_architecture_is_refused(
+    sd1_model_dir: Path, embedded_model_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_single_file(load_components(sd1_model_dir), path)
+    with pytest.raises(BadInput):
+        load_single_file(path, embedded_model_dir)
+
+
+def test_native_size_follows_the_unet_config(model_copy: Path) -> None:
+    config = json.loads((model_copy / "unet/config.json").read_text())
+    (model_copy / "unet/config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    assert load_components(model_copy).native_size_px == 32
