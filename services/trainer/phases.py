@@ -1,0 +1,506 @@
+"""The two phases of a training that the api leads: `prepare` before a trainer has it, `finish` after.
+
+``prepare`` fetches the data and has missing class pictures drawn, ``finish`` proves the model with a test picture and
+draws the samples. Every step is idempotent: imports and class pictures are create-only, drawings have fixed ids, and the
+job log's compare-and-set lets one outcome win. So two replicas may lead the same job, and one that dies is replaced by
+whoever starts again from the record. Pictures are drawn by the inference service, as jobs of their own.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf import json_format
+from likeness.inference.v1 import generation_job_pb2, inference_service_pb2, inference_service_pb2_grpc
+from likeness.job.v1 import job_pb2
+from likeness.storage.v1 import artifact_pb2, model_pb2, storage_service_pb2, storage_service_pb2_grpc
+from likeness.training.v1 import training_job_pb2
+
+from services.domain import job as life
+from services.domain.artifacts import media_type_of
+from services.domain.errors import (
+    AlreadyExists,
+    BadInput,
+    Conflict,
+    InvalidSpec,
+    LikenessError,
+    NotFound,
+    row_of,
+)
+from services.domain.job import JobFailure, JobRecord, JobRef, Phase, Stage
+from services.domain.ports import JobLog, ProgressLog, Revision
+
+logger = logging.getLogger(__name__)
+
+IMAGES_PER_DRAWING: Final = 10
+TEST_PICTURE_STEPS: Final = 20
+ATTEMPTS: Final = 5
+"""How often a phase is tried after faults that may pass, in all 31 s of waiting. After that a sibling that does not
+answer leaves the job where it is, for the next tick to begin again; anything else ends it."""
+
+CLASS_IMAGE_STEPS: Final = 50
+CLASS_IMAGE_GUIDANCE: Final = 7.5
+CLASS_IMAGE_SCHEDULER: Final = generation_job_pb2.SCHEDULER_DDIM
+
+ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
+
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """The services that the leader asks, as generated stubs on channels with deadlines and retries."""
+
+    storage: storage_service_pb2_grpc.StorageServiceAsyncStub
+    inference: inference_service_pb2_grpc.InferenceServiceAsyncStub
+
+
+class TrainingLeader:
+    """Leads trainings through `prepare` and `finish`.
+
+    Args:
+        job_log: where the records are.
+        progress: where moving numbers go.
+        siblings: storage and inference.
+        read_spec: the specification of a record, wherever it is kept.
+    """
+
+    def __init__(self, job_log: JobLog, progress: ProgressLog, siblings: Siblings, read_spec: ReadSpec) -> None:
+        self._log = job_log
+        self._progress = progress
+        self._siblings = siblings
+        self._read_spec = read_spec
+
+    async def lead(self, revision: Revision) -> None:
+        """Does all that is left of the phase the job is in; returns when the job has moved on.
+
+        Faults that may pass are tried again; others end the job FAILED. Cancelling this task stops the job's drawings.
+        """
+        ref = revision.record.ref
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._lead_once(ref)
+            except Conflict:
+                continue
+            except Exception as error:
+                known = error if isinstance(error, LikenessError) else Internal(INTERNAL_TEXT)
+                if row_of(known).fails_job or (attempt == ATTEMPTS and not isinstance(known, Unavailable)):
+                    logger.exception("phase failed", extra={"job_id": ref.id})
+                    return await self._fail(ref, known)
+                logger.warning("phase met a fault that may pass", extra={"job_id": ref.id, "error": str(error)})
+                await asyncio.sleep(2 ** (attempt - 1))
+
+    async def _lead_once(self, ref: JobRef) -> None:
+        revision = await self._log.read(ref)
+        if revision is None or revision.record.is_final:
+            return
+        phase = revision.record.phase
+        if phase is Phase.PREPARE:
+            await self._prepare(revision)
+        elif phase is Phase.FINISH:
+            await self._finish(revision)
+
+    async def _fail(self, ref: JobRef, error: LikenessError) -> None:
+        revision = await self._log.read(ref)
+        if revision is None or revision.record.is_final:
+            return
+        violations = error.violations if isinstance(error, InvalidSpec) else ()
+        failure = JobFailure(row_of(error).reason, str(error), violations[0].field if violations else "")
+        await self._log.write(life.fail(revision.record, failure, self._log.now_ms()), revision.sequence)
+
+    # -- prepare ---------------------------------------------------------------------------------------------
+
+    async def _prepare(self, revision: Revision) -> None:
+        if revision.record.state is life.JobState.QUEUED:
+            revision = await self._write(revision, life.begin_preparing(revision.record, self._log.now_ms()))
+        spec = await self._read_spec(revision.record)
+        base = await self._base_model(revision.record.project, spec.base_model)
+        imported = await asyncio.gather(
+            *(self._import_concept(revision.record.project, spec, concept) for concept in spec.concepts)
+        )
+        missing = sum(plan.missing for plan in imported)
+        if missing:
+            why = f"drawing {missing} class pictures"
+            revision = await self._write(revision, life.enter_stage(revision.record, Stage.CLASS_IMAGES, why))
+        drawn = _Counter(total=missing, report=lambda done, total: self._report(revision, done, total))
+        datasets = [
+            await self._complete_concept(revision.record, spec, index, plan, base, drawn)
+            for index, plan in enumerate(imported)
+        ]
+        prepared = training_job_pb2.PreparedInputs(
+            base_manifest_key=base.manifest_key,
+            datasets=datasets,
+            warnings=[warning for plan in imported for warning in plan.warnings][:100],
+        )
+        ready = life.make_ready(revision.record, _to_json(prepared), base.manifest_digest, self._log.now_ms())
+        await self._write(revision, ready)
+
+    async def _base_model(self, project: str, name: str) -> model_pb2.Model:
+        request = storage_service_pb2.GetModelRequest(project_id=project, model=name)
+        try:
+            response: storage_service_pb2.GetModelResponse = await self._siblings.storage.GetModel(request)
+        except NotFound as error:
+            raise BadInput(f"there is no model '{name}'", "base_model") from error
+        return response.model
+
+    async def _import_concept(
+        self, project: str, spec: training_job_pb2.TrainingSpec, concept: training_job_pb2.Concept
+    ) -> "_ConceptPlan":
+        instance = await self._import(project, concept.instance_data, concept.use_captions, spec.min_usable_images)
+        if not has_prior(spec, concept):
+            return _ConceptPlan(concept, instance, (), 0)
+        given: Sequence[artifact_pb2.DatasetImage] = ()
+        warnings = list(instance.warnings)
+        if concept.HasField("class_data"):
+            dataset = await self._import(project, concept.class_data, False, 0)
+            given = dataset.images[: concept.num_class_images] if concept.num_class_images else dataset.images
+            warnings += dataset.warnings
+        missing = max(0, concept.num_class_images - len(given))
+        return _ConceptPlan(concept, instance, tuple(given), missing, tuple(warnings))
+
+    async def _import(
+        self, project: str, source: training_job_pb2.ImageSource, captions: bool, at_least: int
+    ) -> artifact_pb2.Dataset:
+        response: storage_service_pb2.ImportDatasetResponse = await self._siblings.storage.ImportDataset(
+            storage_service_pb2.ImportDatasetRequest(
+                project_id=project, source=source, read_captions=captions, min_usable_images=at_least
+            )
+        )
+        return response.dataset
+
+    async def _complete_concept(
+        self,
+        record: JobRecord,
+        spec: training_job_pb2.TrainingSpec,
+        index: int,
+        plan: "_ConceptPlan",
+        base: model_pb2.Model,
+        drawn: "_Counter",
+    ) -> training_job_pb2.DatasetRef:
+        pictures = list(plan.class_images)
+        if plan.missing:
+            recipe = ClassImages(
+                base_digest=base.manifest_digest,
+                model=base.model,
+                prompt=plan.concept.class_prompt,
+                size_px=spec.resolution,
+                seed=plan.concept.seed if plan.concept.HasField("seed") else spec.seed,
+            )
+            pictures += await self._class_images(record, index, recipe, plan.missing, spec.sample_batch_size, drawn)
+        class_key = await self._class_dataset(record.project, pictures) if pictures else ""
+        return training_job_pb2.DatasetRef(
+            concept_index=index,
+            instance_key=plan.instance.key,
+            class_key=class_key,
+            instance_images=len(plan.instance.images),
+            class_images=len(pictures),
+        )
+
+    async def _class_images(
+        self,
+        record: JobRecord,
+        concept: int,
+        recipe: "ClassImages",
+        count: int,
+        in_flight: int,
+        drawn: "_Counter",
+    ) -> list[artifact_pb2.DatasetImage]:
+        keys = {}
+        for index in range(count):
+            found = await self._cached_class_image(record.project, recipe, index)
+            if found:
+                keys[index] = found
+                await drawn.add(1)
+        for first, length in runs_of([i for i in range(count) if i not in keys], min(in_flight, IMAGES_PER_DRAWING)):
+            name = f"class/{concept}/{first}/{length}"
+            images = await self._draw(record, name, recipe.drawing(first, length))
+            for offset, image in enumerate(images):
+                keys[first + offset] = await self._keep_class_image(record.project, recipe, first + offset, image.key)
+            await drawn.add(length)
+        return [artifact_pb2.DatasetImage(id=f"drawn/{i:04d}.png", key=keys[i]) for i in range(count)]
+
+    async def _cached_class_image(self, project: str, recipe: "ClassImages", index: int) -> str:
+        request = storage_service_pb2.GetRefRequest(project_id=project, kind="class_images", name=recipe.name(index))
+        try:
+            response = await self._siblings.storage.GetRef(request)
+        except NotFound:
+            return ""
+        return str(json.loads(response.ref.document_json)["key"])
+
+    async def _keep_class_image(self, project: str, recipe: "ClassImages", index: int, key: str) -> str:
+        ref = artifact_pb2.Ref(
+            project_id=project,
+            kind="class_images",
+            name=recipe.name(index),
+            document_json=json.dumps({"key": key, "prompt": recipe.prompt, "seed": recipe.seed_of(index)}),
+        )
+        try:
+            await self._siblings.storage.PutRef(storage_service_pb2.PutRefRequest(ref=ref))
+        except AlreadyExists:  # another job drew it meanwhile: once stored, it is the input of all
+            return await self._cached_class_image(project, recipe, index)
+        return key
+
+    async def _class_dataset(self, project: str, images: Sequence[artifact_pb2.DatasetImage]) -> str:
+        response: storage_service_pb2.CreateDatasetResponse = await self._siblings.storage.CreateDataset(
+            storage_service_pb2.CreateDatasetRequest(project_id=project, images=images)
+        )
+        return response.dataset.key
+
+    # -- finish ----------------------------------------------------------------------------------------------
+
+    async def _finish(self, revision: Revision) -> None:
+        record = revision.record
+        spec = await self._read_spec(record)
+        result = json_format.ParseDict(dict(record.trained or {}), training_job_pb2.TrainingResult())
+        test = test_drawing(spec, result, record)
+        [image] = await self._draw(record, "test", test)
+        result.test_image.CopyFrom(training_job_pb2.SampleImage(spec=test, image=image))
+        if spec.samples and record.stage is not Stage.SAMPLING:
+            why = f"drawing {sum(max(1, sample.num_images) for sample in spec.samples)} sample pictures"
+            revision = await self._write(revision, life.enter_stage(record, Stage.SAMPLING, why))
+        result.samples.extend(await self._samples(revision, spec, result))
+        key = await self._store_document(record.project, _to_json(result))
+        done = life.finish(revision.record, None, key, self._log.now_ms())
+        await self._write(revision, done)
+
+    async def _samples(
+        self, revision: Revision, spec: training_job_pb2.TrainingSpec, result: training_job_pb2.TrainingResult
+    ) -> list[training_job_pb2.SampleImage]:
+        record = revision.record
+        wanted = [sample_drawing(sample, index, result, record) for index, sample in enumerate(spec.samples)]
+        drawn = _Counter(
+            total=sum(drawing.num_images for drawing in wanted),
+            report=lambda done, total: self._report(revision, done, total),
+        )
+
+        async def draw(index: int, drawing: generation_job_pb2.GenerationSpec) -> list[training_job_pb2.SampleImage]:
+            images = await self._draw(record, f"sample/{index}", drawing)
+            await drawn.add(len(images))
+            for image in images:
+                await self._progress.publish_progress(record.project, record.id, {"image_key": image.key})
+            return [training_job_pb2.SampleImage(sample_index=index, spec=drawing, image=image) for image in images]
+
+        groups = await asyncio.gather(*(draw(index, drawing) for index, drawing in enumerate(wanted)))
+        return [image for group in groups for image in group]
+
+    # -- drawings --------------------------------------------------------------------------------------------
+
+    async def _draw(
+        self, record: JobRecord, name: str, spec: generation_job_pb2.GenerationSpec
+    ) -> list[generation_job_pb2.GeneratedImage]:
+        """Has pictures drawn by a job with an id fixed by parent, run and name; returns them in order."""
+        job_id = child_id(record, name)
+        options = job_pb2.JobOptions(policy=job_pb2.JobPolicy(priority=job_pb2.JOB_PRIORITY_HIGH))
+        await self._siblings.inference.CreateGenerationJob(
+            inference_service_pb2.CreateGenerationJobRequest(
+                project_id=record.project, job_id=job_id, spec=spec, options=options, parent_job_id=record.id
+            )
+        )
+        try:
+            job = await self._ended(record.project, job_id)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._cancel_drawing(record.project, job_id))
+            raise
+        if job.state != job_pb2.JOB_STATE_SUCCEEDED:
+            cause = job.error.message or f"the drawing ended {job_pb2.JobState.Name(job.state)}"
+            raise BadInput(f"a picture of this job could not be drawn: {cause}")
+        return list(job.result.images)
+
+    async def _ended(self, project: str, job_id: str) -> generation_job_pb2.GenerationJob:
+        """Waits until a drawing has ended, through restarts of the inference api."""
+        watch = inference_service_pb2.WatchGenerationJobRequest(job_id=job_id, project_id=project)
+        get = inference_service_pb2.GetGenerationJobRequest(job_id=job_id, project_id=project)
+        while True:
+            try:
+                async for _ in self._siblings.inference.WatchGenerationJob(watch):
+                    pass
+                job: generation_job_pb2.GenerationJob = (await self._siblings.inference.GetGenerationJob(get)).job
+            except LikenessError as error:
+                if not row_of(error).retry_job and row_of(error).reason != "DEADLINE_EXCEEDED":
+                    raise
+                logger.info("waiting for the inference api", extra={"job_id": job_id})
+                await asyncio.sleep(0.5)
+                continue
+            if job.state not in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING):
+                return job
+
+    async def _cancel_drawing(self, project: str, job_id: str) -> None:
+        request = inference_service_pb2.CancelGenerationJobRequest(job_id=job_id, project_id=project)
+        try:
+            await self._siblings.inference.CancelGenerationJob(request)
+        except LikenessError as error:
+            logger.warning("a drawing was left behind", extra={"job_id": job_id, "error": str(error)})
+
+    # -- small things ----------------------------------------------------------------------------------------
+
+    async def _write(self, revision: Revision, record: JobRecord) -> Revision:
+        sequence = await self._log.write(record, revision.sequence)
+        return Revision(record, sequence, self._log.now_ms())
+
+    async def _report(self, revision: Revision, done: int, total: int) -> None:
+        record = revision.record
+        body = {
+            "stage": f"JOB_STAGE_{record.stage.value}",
+            "step": done,
+            "total_steps": total,
+            "fraction": life.whole_fraction(record.stage, done, total),
+        }
+        await self._progress.publish_progress(record.project, record.id, body)
+
+    async def _store_document(self, project: str, document: Mapping[str, Any]) -> str:
+        data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+
+        async def messages() -> AsyncIterator[storage_service_pb2.WriteBlobRequest]:
+            header = storage_service_pb2.BlobHeader(
+                project_id=project,
+                digest=hashlib.sha256(data).hexdigest(),
+                size_bytes=len(data),
+                media_type=media_type_of("result.json"),
+            )
+            yield storage_service_pb2.WriteBlobRequest(header=header, data=data)
+
+        response: storage_service_pb2.WriteBlobResponse = await self._siblings.storage.WriteBlob(messages())
+        return response.blob.key
+
+
+@dataclass(frozen=True, slots=True)
+class _ConceptPlan:
+    """One concept after its import: what is there, and how many class pictures are still to be drawn."""
+
+    concept: training_job_pb2.Concept
+    instance: artifact_pb2.Dataset
+    class_images: tuple[artifact_pb2.DatasetImage, ...]
+    missing: int
+    class_warnings: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return (*self.instance.warnings, *self.class_warnings)
+
+
+@dataclass(slots=True)
+class _Counter:
+    """Counts pictures over several drawings and reports each change."""
+
+    total: int
+    report: Callable[[int, int], Awaitable[None]]
+    done: int = 0
+
+    async def add(self, count: int) -> None:
+        self.done += count
+        await self.report(self.done, self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassImages:
+    """The rule by which class pictures of one concept are drawn; picture i depends on nothing but this and i.
+
+    Attributes:
+        base_digest: manifest digest of the untouched base model.
+        model: its id, for the drawing.
+        prompt: the class prompt.
+        size_px: width and height, the training's resolution.
+        seed: seed of picture 0; picture i has seed + i.
+    """
+
+    base_digest: str
+    model: str
+    prompt: str
+    size_px: int
+    seed: int
+
+    def seed_of(self, index: int) -> int:
+        """Seed of picture `index`."""
+        return self.seed + index
+
+    def name(self, index: int) -> str:
+        """Cache key of picture `index`: a hash of everything its pixels depend on."""
+        parts = [
+            self.base_digest,
+            self.prompt,
+            self.size_px,
+            CLASS_IMAGE_STEPS,
+            CLASS_IMAGE_GUIDANCE,
+            generation_job_pb2.Scheduler.Name(CLASS_IMAGE_SCHEDULER),
+            self.seed,
+            index,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def drawing(self, first: int, count: int) -> generation_job_pb2.GenerationSpec:
+        """The drawing of pictures `first` to `first + count - 1`."""
+        return generation_job_pb2.GenerationSpec(
+            model=self.model,
+            prompt=self.prompt,
+            width_px=self.size_px,
+            height_px=self.size_px,
+            num_images=count,
+            num_inference_steps=CLASS_IMAGE_STEPS,
+            guidance_scale=CLASS_IMAGE_GUIDANCE,
+            scheduler=CLASS_IMAGE_SCHEDULER,
+            seed=self.seed_of(first),
+        )
+
+
+def has_prior(spec: training_job_pb2.TrainingSpec, concept: training_job_pb2.Concept) -> bool:
+    """Whether this concept trains with prior preservation: its own switch, else the job's."""
+    if concept.HasField("with_prior_preservation"):
+        return concept.with_prior_preservation
+    return spec.with_prior_preservation
+
+
+def child_id(record: JobRecord, name: str) -> str:
+    """Id of a job's drawing: the same whoever leads it, another in each run."""
+    namespace = uuid.uuid5(uuid.NAMESPACE_URL, f"likeness:{record.project}/{record.id}")
+    return str(uuid.uuid5(namespace, f"{record.round}/{name}"))
+
+
+def runs_of(indices: Sequence[int], longest: int) -> list[tuple[int, int]]:
+    """Cuts rising numbers into runs of neighbours: (first, length) pairs, none longer than `longest`."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and index == sum(runs[-1]) and runs[-1][1] < max(1, longest):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    return runs
+
+
+def test_drawing(
+    spec: training_job_pb2.TrainingSpec, result: training_job_pb2.TrainingResult, record: JobRecord
+) -> generation_job_pb2.GenerationSpec:
+    """The picture that proves a model: its own instance prompt, few steps, a fixed seed."""
+    return generation_job_pb2.GenerationSpec(
+        model=result.model or record.id,
+        prompt=spec.concepts[0].instance_prompt,
+        negative_prompt=spec.test_negative_prompt,
+        num_images=1,
+        num_inference_steps=TEST_PICTURE_STEPS,
+        scheduler=generation_job_pb2.SCHEDULER_DDIM,
+        seed=spec.seed,
+        clip_skip=spec.clip_skip,
+    )
+
+
+def sample_drawing(
+    sample: generation_job_pb2.GenerationSpec,
+    index: int,
+    result: training_job_pb2.TrainingResult,
+    record: JobRecord,
+) -> generation_job_pb2.GenerationSpec:
+    """A sample aimed at the finished model; a missing seed is drawn from 0..65535, the same for every leader."""
+    drawing = generation_job_pb2.GenerationSpec()
+    drawing.CopyFrom(sample)
+    drawing.model = result.model or record.id
+    drawing.num_images = max(1, sample.num_images)
+    if not sample.HasField("seed"):
+        drawn = hashlib.sha256(f"{record.project}/{record.id}/{record.round}/{index}".encode()).digest()
+        drawing.seed = int.from_bytes(drawn[:2], "big")
+    return drawing
+
+
+def _to_json(message: Any) -> dict[str, Any]:
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
