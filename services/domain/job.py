@@ -431,7 +431,12 @@ def check_epoch(record: JobRecord, epoch: int, worker: str = "") -> None:
     Raises:
         StaleEpoch: the job has moved on, ended, or belongs to somebody else.
     """
-    owned = record.state is JobState.RUNNING and not record.ready and record.worker != "" and record.epoch == epoch
+    owned = (
+        record.state is JobState.RUNNING
+        and not record.ready
+        and record.worker != ""
+        and record.epoch == epoch
+    )
     if not owned or (worker and record.worker != worker):
         raise StaleEpoch(f"job {record.id} does not belong to epoch {epoch} any more")
 
@@ -486,7 +491,9 @@ def report_finished(record: JobRecord, epoch: int, result: Mapping[str, Any], no
     return _end(done, JobState.SUCCEEDED, "done", now_ms)
 
 
-def report_failed(record: JobRecord, epoch: int, failure: JobFailure, retryable: bool, now_ms: int) -> JobRecord:
+def report_failed(
+    record: JobRecord, epoch: int, failure: JobFailure, retryable: bool, now_ms: int
+) -> JobRecord:
     """The owner could not do it: tried again while attempts are left and it may help, else FAILED."""
     check_epoch(record, epoch)
     counted = replace(record, fruitless=record.fruitless + 1, reported=record.reported + 1)
@@ -589,7 +596,9 @@ def shorten_retention(record: JobRecord, keep_until_ms: int) -> JobRecord:
     """Lets an ended job go earlier than its policy says; never later."""
     _require(record, record.is_final, "be given a shorter retention")
     sooner = min(record.times.keep_until, keep_until_ms)
-    return replace(record, times=replace(record.times, keep_until=sooner), why="retention shortened", event=False)
+    return replace(
+        record, times=replace(record.times, keep_until=sooner), why="retention shortened", event=False
+    )
 
 
 def delete(record: JobRecord) -> JobRecord:

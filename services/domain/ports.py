@@ -145,7 +145,9 @@ class ProgressLog(Protocol):
         """The newest message."""
         ...
 
-    async def progress_after(self, project: str, job_id: str, after: int, limit: int = 100) -> list[ProgressEntry]:
+    async def progress_after(
+        self, project: str, job_id: str, after: int, limit: int = 100
+    ) -> list[ProgressEntry]:
         """Messages with a sequence above `after`, oldest first."""
         ...
 

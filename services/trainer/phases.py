@@ -1,9 +1,9 @@
 """The two phases of a training that the api leads: `prepare` before a trainer has it, `finish` after.
 
-``prepare`` fetches the data and has missing class pictures drawn, ``finish`` proves the model with a test picture and
-draws the samples. Every step is idempotent: imports and class pictures are create-only, drawings have fixed ids, and the
-job log's compare-and-set lets one outcome win. So two replicas may lead the same job, and one that dies is replaced by
-whoever starts again from the record. Pictures are drawn by the inference service, as jobs of their own.
+``prepare`` fetches the data and has missing class pictures drawn, ``finish`` proves the model with a test picture
+and draws the samples. Every step is idempotent: imports and class pictures are create-only, drawings have fixed ids,
+and the job log's compare-and-set lets one outcome win. So two replicas may lead the same job, and one that dies is
+replaced by whoever starts again from the record. Pictures are drawn by the inference service, as jobs of their own.
 """
 
 import asyncio
@@ -24,12 +24,15 @@ from likeness.training.v1 import training_job_pb2
 from services.domain import job as life
 from services.domain.artifacts import media_type_of
 from services.domain.errors import (
+    INTERNAL_TEXT,
     AlreadyExists,
     BadInput,
     Conflict,
+    Internal,
     InvalidSpec,
     LikenessError,
     NotFound,
+    Unavailable,
     row_of,
 )
 from services.domain.job import JobFailure, JobRecord, JobRef, Phase, Stage
@@ -43,6 +46,9 @@ ATTEMPTS: Final = 5
 """How often a phase is tried after faults that may pass, in all 31 s of waiting. After that a sibling that does not
 answer leaves the job where it is, for the next tick to begin again; anything else ends it."""
 
+IMPORT_TIMEOUT_S: Final = 1800.0
+"""Longest time for one archive: download, checks, decoding, storing."""
+
 CLASS_IMAGE_STEPS: Final = 50
 CLASS_IMAGE_GUIDANCE: Final = 7.5
 CLASS_IMAGE_SCHEDULER: Final = generation_job_pb2.SCHEDULER_DDIM
@@ -54,8 +60,8 @@ ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
 class Siblings:
     """The services that the leader asks, as generated stubs on channels with deadlines and retries."""
 
-    storage: storage_service_pb2_grpc.StorageServiceAsyncStub
-    inference: inference_service_pb2_grpc.InferenceServiceAsyncStub
+    storage: storage_service_pb2_grpc.StorageServiceStub
+    inference: inference_service_pb2_grpc.InferenceServiceStub
 
 
 class TrainingLeader:
@@ -68,7 +74,9 @@ class TrainingLeader:
         read_spec: the specification of a record, wherever it is kept.
     """
 
-    def __init__(self, job_log: JobLog, progress: ProgressLog, siblings: Siblings, read_spec: ReadSpec) -> None:
+    def __init__(
+        self, job_log: JobLog, progress: ProgressLog, siblings: Siblings, read_spec: ReadSpec
+    ) -> None:
         self._log = job_log
         self._progress = progress
         self._siblings = siblings
@@ -90,7 +98,9 @@ class TrainingLeader:
                 if row_of(known).fails_job or (attempt == ATTEMPTS and not isinstance(known, Unavailable)):
                     logger.exception("phase failed", extra={"job_id": ref.id})
                     return await self._fail(ref, known)
-                logger.warning("phase met a fault that may pass", extra={"job_id": ref.id, "error": str(error)})
+                logger.warning(
+                    "phase met a fault that may pass", extra={"job_id": ref.id, "error": str(error)}
+                )
                 await asyncio.sleep(2 ** (attempt - 1))
 
     async def _lead_once(self, ref: JobRef) -> None:
@@ -149,7 +159,9 @@ class TrainingLeader:
     async def _import_concept(
         self, project: str, spec: training_job_pb2.TrainingSpec, concept: training_job_pb2.Concept
     ) -> "_ConceptPlan":
-        instance = await self._import(project, concept.instance_data, concept.use_captions, spec.min_usable_images)
+        instance = await self._import(
+            project, concept.instance_data, concept.use_captions, spec.min_usable_images
+        )
         if not has_prior(spec, concept):
             return _ConceptPlan(concept, instance, (), 0)
         given: Sequence[artifact_pb2.DatasetImage] = ()
@@ -167,7 +179,8 @@ class TrainingLeader:
         response: storage_service_pb2.ImportDatasetResponse = await self._siblings.storage.ImportDataset(
             storage_service_pb2.ImportDatasetRequest(
                 project_id=project, source=source, read_captions=captions, min_usable_images=at_least
-            )
+            ),
+            timeout=IMPORT_TIMEOUT_S,
         )
         return response.dataset
 
@@ -189,7 +202,9 @@ class TrainingLeader:
                 size_px=spec.resolution,
                 seed=plan.concept.seed if plan.concept.HasField("seed") else spec.seed,
             )
-            pictures += await self._class_images(record, index, recipe, plan.missing, spec.sample_batch_size, drawn)
+            pictures += await self._class_images(
+                record, index, recipe, plan.missing, spec.sample_batch_size, drawn
+            )
         class_key = await self._class_dataset(record.project, pictures) if pictures else ""
         return training_job_pb2.DatasetRef(
             concept_index=index,
@@ -214,16 +229,22 @@ class TrainingLeader:
             if found:
                 keys[index] = found
                 await drawn.add(1)
-        for first, length in runs_of([i for i in range(count) if i not in keys], min(in_flight, IMAGES_PER_DRAWING)):
+        for first, length in runs_of(
+            [i for i in range(count) if i not in keys], min(in_flight, IMAGES_PER_DRAWING)
+        ):
             name = f"class/{concept}/{first}/{length}"
             images = await self._draw(record, name, recipe.drawing(first, length))
             for offset, image in enumerate(images):
-                keys[first + offset] = await self._keep_class_image(record.project, recipe, first + offset, image.key)
+                keys[first + offset] = await self._keep_class_image(
+                    record.project, recipe, first + offset, image.key
+                )
             await drawn.add(length)
         return [artifact_pb2.DatasetImage(id=f"drawn/{i:04d}.png", key=keys[i]) for i in range(count)]
 
     async def _cached_class_image(self, project: str, recipe: "ClassImages", index: int) -> str:
-        request = storage_service_pb2.GetRefRequest(project_id=project, kind="class_images", name=recipe.name(index))
+        request = storage_service_pb2.GetRefRequest(
+            project_id=project, kind="class_images", name=recipe.name(index)
+        )
         try:
             response = await self._siblings.storage.GetRef(request)
         except NotFound:
@@ -276,12 +297,17 @@ class TrainingLeader:
             report=lambda done, total: self._report(revision, done, total),
         )
 
-        async def draw(index: int, drawing: generation_job_pb2.GenerationSpec) -> list[training_job_pb2.SampleImage]:
+        async def draw(
+            index: int, drawing: generation_job_pb2.GenerationSpec
+        ) -> list[training_job_pb2.SampleImage]:
             images = await self._draw(record, f"sample/{index}", drawing)
             await drawn.add(len(images))
             for image in images:
                 await self._progress.publish_progress(record.project, record.id, {"image_key": image.key})
-            return [training_job_pb2.SampleImage(sample_index=index, spec=drawing, image=image) for image in images]
+            return [
+                training_job_pb2.SampleImage(sample_index=index, spec=drawing, image=image)
+                for image in images
+            ]
 
         groups = await asyncio.gather(*(draw(index, drawing) for index, drawing in enumerate(wanted)))
         return [image for group in groups for image in group]
@@ -317,7 +343,9 @@ class TrainingLeader:
             try:
                 async for _ in self._siblings.inference.WatchGenerationJob(watch):
                     pass
-                job: generation_job_pb2.GenerationJob = (await self._siblings.inference.GetGenerationJob(get)).job
+                job: generation_job_pb2.GenerationJob = (
+                    await self._siblings.inference.GetGenerationJob(get)
+                ).job
             except LikenessError as error:
                 if not row_of(error).retry_job and row_of(error).reason != "DEADLINE_EXCEEDED":
                     raise
