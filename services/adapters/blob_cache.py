@@ -1,0 +1,253 @@
+"""Local copies of blobs that several processes of one machine share, and model folders made of them.
+
+    <root>/blobs/<sha256>              one file a blob; the access time says when it was used last
+    <root>/incoming/                   downloads under way
+    <root>/holders/<id>/lock           held (flock) as long as the process lives that works in this folder
+    <root>/holders/<id>/<digest>/...   models as folders: hard links to the blobs
+
+No lock guards the blobs. A blob appears by a rename, with its digest checked. Whoever uses one has a hard link of
+its own, so that eviction can never pull a file from under a reader, and a blob with a second link counts as in use
+and stays. Folders of processes that died are swept by the next one that starts.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from likeness.storage.v1.model_pb2 import Model, ModelManifest
+
+from services.adapters.storage_client import StorageClient
+from services.domain.artifacts import digest_of_key
+from services.domain.errors import BadInput, Unavailable
+
+logger = logging.getLogger(__name__)
+
+STALE_DOWNLOAD_S = 24 * 3600.0
+PLACE_TRIES = 5
+"""An eviction by another process can come between a download and its use."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedModel:
+    """A model on this machine.
+
+    Attributes:
+        folder: holds the components at their paths; read only, valid until released.
+        manifest: what the model is made of.
+        manifest_key: artifact key of the manifest.
+    """
+
+    folder: Path
+    manifest: ModelManifest
+    manifest_key: str
+
+
+class BlobCache:
+    """Blobs on this machine, up to a size; one object a process."""
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        """Opens the cache, and sweeps what dead processes left.
+
+        Args:
+            root: folder, made if missing; shared by processes of one machine.
+            max_bytes: size above which the blobs unused for the longest time leave.
+        """
+        self.root = root.absolute()
+        self._max_bytes = max_bytes
+        self._blobs, self._incoming = self.root / "blobs", self.root / "incoming"
+        self._downloads: dict[str, asyncio.Lock] = {}
+        for folder in (self._blobs, self._incoming, self.root / "holders"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        self._own, self._lock = self._opened_holder()
+
+    def close(self) -> None:
+        """Gives up all folders of this process."""
+        shutil.rmtree(self._own, ignore_errors=True)
+        os.close(self._lock)
+
+    def path_of(self, key: str) -> Path:
+        """Where a blob's copy is, if it is here; for looking only, since it may leave at any moment."""
+        return self._blobs / digest_of_key(key)
+
+    async def place(
+        self, storage: StorageClient, key: str, target: Path, size_bytes: int | None = None
+    ) -> Path:
+        """Puts a blob at a path of the caller's: a hard link where the file system can, a copy elsewhere.
+
+        Args:
+            storage: where it is fetched from when it is not here.
+            key: artifact key.
+            target: the path, must not exist; its folder is made. The file must not be written to.
+            size_bytes: known size; a copy of another size is fetched again.
+
+        Returns:
+            The target.
+
+        Raises:
+            NotFound: storage has no such blob.
+            Unavailable: storage does not answer, or the machine has no room.
+        """
+        await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
+        for _ in range(PLACE_TRIES):
+            await self._ensure(storage, key, size_bytes)
+            try:
+                await asyncio.to_thread(_link, self.path_of(key), target)
+                return target
+            except FileNotFoundError:
+                continue
+        raise Unavailable("the local cache is too small for what is in use at once")
+
+    async def fetch_model(self, storage: StorageClient, model: Model | str) -> FetchedModel:
+        """Makes a model's folder out of the cache, fetching what is missing.
+
+        Args:
+            storage: where it comes from.
+            model: a registered model, or the key of its manifest.
+
+        Returns:
+            The folder and the manifest; the same folder for the same manifest until :meth:`release`.
+
+        Raises:
+            NotFound: the manifest or a component is not stored.
+            BadInput: the manifest names a path outside the folder.
+            Unavailable: storage does not answer, or the machine has no room.
+        """
+        key = model if isinstance(model, str) else model.manifest_key
+        manifest = await storage.read_manifest(key)
+        folder = self._own / digest_of_key(key)
+        async with self._downloads.setdefault(folder.name, asyncio.Lock()):
+            if not folder.is_dir():
+                await self._build_folder(storage, manifest, folder)
+        return FetchedModel(folder, manifest, key)
+
+    async def release(self, folder: Path) -> None:
+        """Gives up a model's folder; its blobs may leave the cache afterwards."""
+        if folder.parent != self._own:
+            raise ValueError(f"not a folder of this cache: {folder}")
+        async with self._downloads.setdefault(folder.name, asyncio.Lock()):
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await asyncio.to_thread(self.evict)
+
+    def evict(self) -> int:
+        """Removes the blobs unused for the longest time, never one in use, until the size fits.
+
+        Returns:
+            Bytes of what stays.
+        """
+        known = sorted(self._known(), key=lambda entry: entry[1].st_atime_ns)
+        total = sum(stat.st_size for _, stat in known)
+        for path, stat in known:
+            if total <= self._max_bytes:
+                break
+            if stat.st_nlink == 1:
+                path.unlink(missing_ok=True)
+                total -= stat.st_size
+        return total
+
+    async def _build_folder(self, storage: StorageClient, manifest: ModelManifest, folder: Path) -> None:
+        building = folder.with_name(f"{folder.name}.part")
+        await asyncio.to_thread(shutil.rmtree, building, ignore_errors=True)
+        building.mkdir()
+        for component in manifest.components:
+            target = building / _checked_path(component.path)
+            await self.place(storage, component.key, target, component.size_bytes)
+        building.rename(folder)
+
+    async def _ensure(self, storage: StorageClient, key: str, size_bytes: int | None) -> None:
+        path = self.path_of(key)
+        async with self._downloads.setdefault(path.name, asyncio.Lock()):
+            if await asyncio.to_thread(_touched, path, size_bytes):
+                return
+            await self._download(storage, key, path)
+        await asyncio.to_thread(self.evict)
+
+    async def _download(self, storage: StorageClient, key: str, path: Path) -> None:
+        incoming = self._incoming / f"{path.name}-{secrets.token_hex(8)}"
+        started = time.monotonic()
+        try:
+            size = await storage.download_blob(key, incoming)
+            incoming.chmod(0o444)
+            os.replace(incoming, path)
+        except OSError as error:
+            raise Unavailable(f"the local cache cannot take a blob: {error.strerror}") from error
+        finally:
+            incoming.unlink(missing_ok=True)
+        seconds = round(time.monotonic() - started, 3)
+        logger.info("blob fetched", extra={"key": key, "size_bytes": size, "duration_s": seconds})
+
+    def _known(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self._blobs.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat()
+
+    def _opened_holder(self) -> tuple[Path, int]:
+        """Makes this process's folder with a lock on it, before it can be seen under its final name."""
+        name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        making = self._incoming / f"holder-{name}"
+        making.mkdir()
+        lock = os.open(making / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return making.rename(self.root / "holders" / name), lock
+
+    def _sweep(self) -> None:
+        for holder in (self.root / "holders").iterdir():
+            if _is_dead(holder):
+                shutil.rmtree(holder, ignore_errors=True)
+        for leftover in self._incoming.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > STALE_DOWNLOAD_S:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_dead(holder: Path) -> bool:
+    """Nobody holds the folder's lock; the kernel lets go of it with the process, however that ended."""
+    try:
+        lock = os.open(holder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+
+
+def _touched(path: Path, size_bytes: int | None) -> bool:
+    """Notes a use of a copy; False when it is not there or has another size."""
+    try:
+        stat = path.stat()
+        if size_bytes is not None and stat.st_size != size_bytes:
+            path.unlink(missing_ok=True)
+            return False
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
+        return True
+    except FileNotFoundError:
+        return False
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(source, target)
+
+
+def _checked_path(text: str) -> Path:
+    path = PurePosixPath(text)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in text or "\0" in text:
+        raise BadInput(f"a model's file has an unusable path: {text!r}")
+    return Path(path)
