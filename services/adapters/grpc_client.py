@@ -130,8 +130,8 @@ class Channel:
                 return await attempt(max(end - loop.time(), 0.001))
             except Unavailable as error:
                 refusal = error
-            except DeadlineExceeded:
-                raise refusal if refusal.message else DeadlineExceeded("no answer in time") from None
+            except DeadlineExceeded as error:
+                raise (refusal if refusal.message else error) from error
             if not retry or loop.time() + pause_s >= end:
                 raise refusal
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
