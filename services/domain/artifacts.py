@@ -17,10 +17,10 @@ MEDIA_TYPES: Final = {
     ".zip": "application/zip",
 }
 
-_PROJECT: Final = re.compile(r"^[a-z0-9-]{1,40}$")
-_DIGEST: Final = re.compile(r"^[0-9a-f]{64}$")
-_REF_KIND: Final = re.compile(r"^[a-z_]{1,32}$")
-_REF_NAME: Final = re.compile(r"^(?!\.)[A-Za-z0-9_.-]{1,128}$")
+_PROJECT: Final = re.compile(r"^[a-z0-9-]{1,40}\Z")
+_DIGEST: Final = re.compile(r"^[0-9a-f]{64}\Z")
+_REF_KIND: Final = re.compile(r"^[a-z_]{1,32}\Z")
+_REF_NAME: Final = re.compile(r"^(?!\.)[A-Za-z0-9_.-]{1,128}\Z")
 _BLOB_KEY: Final = re.compile(
     r"^(?:shared|projects/(?P<project>[a-z0-9-]{1,40}))/blobs/sha256/(?P<digest>[0-9a-f]{64})$"
 )

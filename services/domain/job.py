@@ -24,7 +24,7 @@ from services.domain.errors import InvalidSpec, StaleEpoch, WrongState
 
 SCHEMA_VERSION: Final = 1
 MAX_RECORD_BYTES: Final = 32 * 1024
-ID_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+ID_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]{1,64}\Z")
 MAX_ERROR_CHARS: Final = 2000
 
 
