@@ -1,0 +1,279 @@
+"""Pictures and prompts of a DreamBooth run: which are used when, and how a picture becomes latents.
+
+Owns the epoch lists, the geometry (resize, crop) and the latent cache. Pictures arrive as RGB PNG files that storage
+has checked, decoded and turned upright; nothing here reads anything else. Every choice is a draw of `randomness`, so
+update u sees the same samples whether the run was interrupted or not.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from services.trainer.randomness import Coordinate, Purpose, normal, permutation, uniform_integer
+
+logger = logging.getLogger(__name__)
+
+PICTURE_CACHE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One stored image with its prompt.
+
+    Attributes:
+        sample_id: names the picture within the job, stable over restarts; randomness hangs on it.
+        path: a PNG file, RGB.
+        prompt: what the picture shows.
+        concept: index of the concept it belongs to.
+        seed: of its concept's own data choices (where it is cropped); the job's seed unless the concept has one.
+    """
+
+    sample_id: str
+    path: Path
+    prompt: str
+    concept: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """The pictures of one concept; `class_pictures` is empty where the class term does not apply."""
+
+    instance_pictures: tuple[Picture, ...]
+    class_pictures: tuple[Picture, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All of them."""
+        return self.instance_pictures + self.class_pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One picture at one place of one epoch. A picture that occurs twice in an epoch has two uses."""
+
+    picture: Picture
+    epoch: int
+    occurrence: int
+
+    @property
+    def coordinates(self) -> tuple[Coordinate, ...]:
+        """What distinguishes this use's random draws from all others'."""
+        return (self.epoch, self.picture.sample_id, self.occurrence)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An instance use and, with prior preservation, a class use of the same concept."""
+
+    instance: Use
+    class_use: Use | None
+
+
+class EpochPlan:
+    """Which pictures are used in which update.
+
+    An epoch has one slot per picture of the longer of the two lists (at least one batch); the shorter list wraps
+    around, reshuffled on each round. Its last micro-step may be short, and so may its last update. Everything follows
+    from the update's index, so a position in the data needs no state.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        *,
+        seed: int,
+        train_batch_size: int,
+        gradient_accumulation_steps: int,
+    ) -> None:
+        self._concepts = tuple(concepts)
+        self._seed = seed
+        self._batch = train_batch_size
+        self._accumulation = gradient_accumulation_steps
+        self._instances = [picture for concept in concepts for picture in concept.instance_pictures]
+        if not all(concept.instance_pictures for concept in concepts) or not concepts:
+            raise ValueError("a concept has no instance picture to train on")
+        class_pictures = sum(len(concept.class_pictures) for concept in concepts)
+        self._slots = max(len(self._instances), class_pictures, train_batch_size)
+        self._cached_epoch: tuple[int, list[Pair]] | None = None
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        micro_steps = math.ceil(self._slots / self._batch)
+        return math.ceil(micro_steps / self._accumulation)
+
+    def epoch_of(self, update: int) -> int:
+        """Returns the epoch an update belongs to; both count from 0."""
+        return update // self.updates_per_epoch
+
+    def micro_steps(self, update: int) -> list[list[Pair]]:
+        """Returns the batches that are accumulated in one update, counted from 0 over the whole run."""
+        pairs = self.epoch(self.epoch_of(update))
+        size = self._batch * self._accumulation
+        start = (update % self.updates_per_epoch) * size
+        chosen = pairs[start : start + size]
+        return [chosen[first : first + self._batch] for first in range(0, len(chosen), self._batch)]
+
+    def epoch(self, epoch: int) -> list[Pair]:
+        """Returns all pairs of one epoch in order."""
+        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
+            self._cached_epoch = (epoch, self._draw_epoch(epoch))
+        return self._cached_epoch[1]
+
+    def _draw_epoch(self, epoch: int) -> list[Pair]:
+        instances = self._rounds(self._instances, self._seed, epoch, "instance")
+        classes = [
+            self._rounds(concept.class_pictures, concept.instance_pictures[0].seed, epoch, f"class {index}")
+            for index, concept in enumerate(self._concepts)
+        ]
+        return [Pair(use, next(classes[use.picture.concept], None)) for use in islice(instances, self._slots)]
+
+    def _rounds(self, pictures: Sequence[Picture], seed: int, epoch: int, name: str) -> Iterator[Use]:
+        """Yields the pictures round after round, each round in its own order; nothing if there are none."""
+        occurrence = 0
+        while pictures:
+            for index in permutation(len(pictures), seed, Purpose.ORDER, epoch, name, occurrence):
+                yield Use(pictures[index], epoch, occurrence)
+            occurrence += 1
+
+
+def fingerprint(concepts: Sequence[Concept]) -> str:
+    """Returns a digest of all pictures, their order, prompts and seeds: a changed data set has another one."""
+    digest = hashlib.sha256()
+    for picture in (picture for concept in concepts for picture in concept.pictures):
+        contents = hashlib.sha256(picture.path.read_bytes()).hexdigest()
+        digest.update(
+            repr((picture.sample_id, contents, picture.prompt, picture.concept, picture.seed)).encode()
+        )
+    return digest.hexdigest()
+
+
+def resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
+    """Resizes so that the shorter side is `resolution` px and the ratio is kept (bicubic, antialiased)."""
+    shorter = min(image.size)
+    if shorter == resolution:
+        return image
+    size = tuple(max(resolution, round(side * resolution / shorter)) for side in image.size)
+    return image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+
+def centre_offset(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """Returns left and top of the middle square of a resized picture of (width, height) px."""
+    return round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
+
+
+def random_offset(size: tuple[int, int], resolution: int, use: Use) -> tuple[int, int]:
+    """Draws left and top of a square, uniform over all places and anew for each use."""
+    seed, name = use.picture.seed, use.coordinates
+    left = uniform_integer(size[0] - resolution + 1, seed, Purpose.CROP, *name, "left")
+    return left, uniform_integer(size[1] - resolution + 1, seed, Purpose.CROP, *name, "top")
+
+
+def to_values(picture: np.ndarray) -> torch.Tensor:
+    """Turns uint8 RGB [h, w, 3] into float32 [3, h, w] in -1..1."""
+    return torch.from_numpy(picture.astype(np.float32) / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+class PictureReader:
+    """Reads pictures as squares of `resolution` px; keeps what it resized, up to a memory limit."""
+
+    def __init__(self, *, resolution: int, center_crop: bool) -> None:
+        self.resolution = resolution
+        self._center_crop = center_crop
+        self._resized: dict[str, np.ndarray] = {}
+        self._held_bytes = 0
+
+    def is_fixed(self, picture: Picture) -> bool:
+        """Whether every use of the picture shows the same square."""
+        if self._center_crop:
+            return True
+        height, width, _ = self._load(picture).shape
+        return height == width
+
+    def values(self, use: Use) -> torch.Tensor:
+        """Returns the square that one use sees: float32 [3, resolution, resolution] in -1..1."""
+        pixels = self._load(use.picture)
+        height, width, _ = pixels.shape
+        if self._center_crop:
+            left, top = centre_offset((width, height), self.resolution)
+        else:
+            left, top = random_offset((width, height), self.resolution, use)
+        return to_values(pixels[top : top + self.resolution, left : left + self.resolution])
+
+    def forget(self, picture: Picture) -> None:
+        """Drops a picture from memory, because its latents are kept instead."""
+        pixels = self._resized.pop(picture.sample_id, None)
+        self._held_bytes -= 0 if pixels is None else pixels.nbytes
+
+    def _load(self, picture: Picture) -> np.ndarray:
+        held = self._resized.get(picture.sample_id)
+        if held is not None:
+            return held
+        with Image.open(picture.path) as image:
+            pixels = np.asarray(resize_shorter_side(image.convert("RGB"), self.resolution))
+        if self._held_bytes + pixels.nbytes <= PICTURE_CACHE_BYTES:
+            self._resized[picture.sample_id] = pixels
+            self._held_bytes += pixels.nbytes
+        return pixels
+
+
+# float32 [3, h, w] in -1..1 -> mean and standard deviation of the posterior, float32 on the CPU, each [c, h/f, w/f]
+Encoder = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class LatentSource:
+    """Clean latents of uses: the VAE's posterior is drawn anew for each, its moments are kept where they cannot change.
+
+    Moments are cached only for pictures whose geometry is fixed; a picture with random crops is encoded at every use,
+    so the cache never changes a result.
+    """
+
+    def __init__(
+        self, reader: PictureReader, encode: Encoder, *, scaling_factor: float, seed: int, cache: bool = True
+    ) -> None:
+        self._reader = reader
+        self._encode = encode
+        self._scaling_factor = scaling_factor
+        self._seed = seed
+        self._cache = cache
+        self._moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._unusable: set[str] = set()
+
+    def latents(self, use: Use) -> torch.Tensor | None:
+        """Returns z0 = s * (mean + std * n) of one use: float32 on the CPU, [c, h, w].
+
+        Returns None for a picture whose latents are not finite; it is left out and named in the log once.
+        """
+        mean, deviation = self._moments_of(use)
+        if not (torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
+            self._report_unusable(use.picture)
+            return None
+        n = normal(tuple(mean.shape), self._seed, Purpose.VAE, *use.coordinates)
+        return self._scaling_factor * (mean + deviation * n)
+
+    def _moments_of(self, use: Use) -> tuple[torch.Tensor, torch.Tensor]:
+        picture = use.picture
+        held = self._moments.get(picture.sample_id)
+        if held is not None:
+            return held
+        moments = self._encode(self._reader.values(use))
+        if self._cache and self._reader.is_fixed(picture):
+            self._moments[picture.sample_id] = moments
+            self._reader.forget(picture)
+        return moments
+
+    def _report_unusable(self, picture: Picture) -> None:
+        if picture.sample_id not in self._unusable:
+            self._unusable.add(picture.sample_id)
+            logger.warning(
+                "picture left out: its latents are not finite", extra={"sample_id": picture.sample_id}
+            )

@@ -1,0 +1,137 @@
+"""What a recipe is given, what it tells while it runs, and what it leaves behind. Shared by all recipes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from likeness.training.v1 import training_job_pb2 as pb
+
+from services.trainer.data import Concept
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training as a recipe sees it: everything local, everything resolved.
+
+    Attributes:
+        spec: complete specification, defaults resolved.
+        model_folder: the base model as a diffusers folder.
+        model_digest: names the base model's exact weights; a checkpoint of another base is refused.
+        concepts: pictures and prompts, one entry a concept.
+        workdir: the run's own folder; checkpoints and exports go there.
+        device: where the tensors live.
+        resume_from: folder of one checkpoint to go on from; None: the newest in `workdir`, if there is one.
+        checkpoint_interval_s: seconds between recovery checkpoints.
+    """
+
+    spec: pb.TrainingSpec
+    model_folder: Path
+    model_digest: str
+    concepts: tuple[Concept, ...]
+    workdir: Path
+    device: torch.device
+    resume_from: Path | None = None
+    checkpoint_interval_s: float = 60.0
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where recovery checkpoints are written."""
+        return self.workdir / "checkpoints"
+
+    @property
+    def export_folder(self) -> Path:
+        """Where the trained components are written, in the layout of a diffusers folder."""
+        return self.workdir / "export"
+
+
+class Stage(StrEnum):
+    """What a recipe is doing."""
+
+    LOADING = "loading"
+    TRAINING = "training"
+    EXPORTING = "exporting"
+
+
+class Request(StrEnum):
+    """What a recipe is asked for; it answers between two updates."""
+
+    NOTHING = "nothing"
+    CHECKPOINT = "checkpoint"
+    YIELD = "yield"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Numbers of the last update.
+
+    Attributes:
+        step: updates that are over.
+        total_steps: updates in all.
+        loss: value of the objective; NaN when it was not finite.
+        learning_rate: of the UNet, or of what trains.
+        gradient_norm: joint L2 norm before clipping.
+        seconds_left: estimate for the updates that remain.
+        images_per_second: training images seen, class images counted.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    seconds_left: float
+    images_per_second: float
+
+
+class Observer(Protocol):
+    """Whom a recipe tells how it gets on; nothing it does changes a weight."""
+
+    def stage(self, stage: Stage) -> None:
+        """Another stage has begun."""
+
+    def progress(self, progress: Progress) -> None:
+        """An update is over."""
+
+    def checkpoint_saved(self, folder: Path, step: int) -> None:
+        """A recovery checkpoint is whole on the disk."""
+
+    def request(self) -> Request:
+        """Returns what is wanted; asked once between two updates."""
+
+
+class Ending(StrEnum):
+    """How a recipe ended."""
+
+    TRAINED = "trained"
+    DIVERGED = "diverged"
+    YIELDED = "yielded"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a recipe leaves behind.
+
+    Attributes:
+        ending: how it ended; DIVERGED delivers the last good weights.
+        step: updates that are over (of the delivered weights).
+        final_loss: mean loss of the last 50 updates; NaN when there was none.
+        files: exported files, relative to the export folder; empty after YIELDED and STOPPED.
+        checkpoint: folder of the checkpoint that a yielded run goes on from.
+        warnings: remarks for the owner.
+        report: seed, effective configuration and versions: enough to repeat the run.
+        execution_summary: precision, attention and optimizer that really ran.
+    """
+
+    ending: Ending
+    step: int
+    final_loss: float
+    files: tuple[Path, ...] = ()
+    checkpoint: Path | None = None
+    warnings: tuple[str, ...] = ()
+    report: Mapping[str, object] = field(default_factory=dict)
+    execution_summary: str = ""
