@@ -22,7 +22,7 @@ _DIGEST: Final = re.compile(r"^[0-9a-f]{64}\Z")
 _REF_KIND: Final = re.compile(r"^[a-z_]{1,32}\Z")
 _REF_NAME: Final = re.compile(r"^(?!\.)[A-Za-z0-9_.-]{1,128}\Z")
 _BLOB_KEY: Final = re.compile(
-    r"^(?:shared|projects/(?P<project>[a-z0-9-]{1,40}))/blobs/sha256/(?P<digest>[0-9a-f]{64})$"
+    r"^(?:shared|projects/(?P<project>[a-z0-9-]{1,40}))/blobs/sha256/(?P<digest>[0-9a-f]{64})\Z"
 )
 
 
