@@ -11,18 +11,18 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from google.protobuf import json_format
 from likeness.inference.v1 import generation_job_pb2, inference_service_pb2, inference_service_pb2_grpc
 from likeness.job.v1 import job_pb2
-from likeness.storage.v1 import artifact_pb2, model_pb2, storage_service_pb2, storage_service_pb2_grpc
+from likeness.storage.v1 import artifact_pb2, model_pb2
 from likeness.training.v1 import training_job_pb2
 
+from services.adapters.storage_client import StorageClient
 from services.domain import job as life
-from services.domain.artifacts import media_type_of
 from services.domain.errors import (
     INTERNAL_TEXT,
     AlreadyExists,
@@ -58,9 +58,9 @@ ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """The services that the leader asks, as generated stubs on channels with deadlines and retries."""
+    """The services that the leader asks."""
 
-    storage: storage_service_pb2_grpc.StorageServiceStub
+    storage: StorageClient
     inference: inference_service_pb2_grpc.InferenceServiceStub
 
 
@@ -149,12 +149,10 @@ class TrainingLeader:
         await self._write(revision, ready)
 
     async def _base_model(self, project: str, name: str) -> model_pb2.Model:
-        request = storage_service_pb2.GetModelRequest(project_id=project, model=name)
         try:
-            response: storage_service_pb2.GetModelResponse = await self._siblings.storage.GetModel(request)
+            return await self._siblings.storage.get_model(project, name)
         except NotFound as error:
             raise BadInput(f"there is no model '{name}'", "base_model") from error
-        return response.model
 
     async def _import_concept(
         self, project: str, spec: training_job_pb2.TrainingSpec, concept: training_job_pb2.Concept
@@ -176,13 +174,13 @@ class TrainingLeader:
     async def _import(
         self, project: str, source: training_job_pb2.ImageSource, captions: bool, at_least: int
     ) -> artifact_pb2.Dataset:
-        response: storage_service_pb2.ImportDatasetResponse = await self._siblings.storage.ImportDataset(
-            storage_service_pb2.ImportDatasetRequest(
-                project_id=project, source=source, read_captions=captions, min_usable_images=at_least
-            ),
-            timeout=IMPORT_TIMEOUT_S,
+        return await self._siblings.storage.import_dataset(
+            project,
+            source,
+            read_captions=captions,
+            min_usable_images=at_least,
+            timeout_s=IMPORT_TIMEOUT_S,
         )
-        return response.dataset
 
     async def _complete_concept(
         self,
@@ -205,7 +203,9 @@ class TrainingLeader:
             pictures += await self._class_images(
                 record, index, recipe, plan.missing, spec.sample_batch_size, drawn
             )
-        class_key = await self._class_dataset(record.project, pictures) if pictures else ""
+        class_key = ""
+        if pictures:
+            class_key = (await self._siblings.storage.create_dataset(record.project, pictures)).key
         return training_job_pb2.DatasetRef(
             concept_index=index,
             instance_key=plan.instance.key,
@@ -242,33 +242,16 @@ class TrainingLeader:
         return [artifact_pb2.DatasetImage(id=f"drawn/{i:04d}.png", key=keys[i]) for i in range(count)]
 
     async def _cached_class_image(self, project: str, recipe: "ClassImages", index: int) -> str:
-        request = storage_service_pb2.GetRefRequest(
-            project_id=project, kind="class_images", name=recipe.name(index)
-        )
-        try:
-            response = await self._siblings.storage.GetRef(request)
-        except NotFound:
-            return ""
-        return str(json.loads(response.ref.document_json)["key"])
+        document = await self._siblings.storage.get_ref(project, "class_images", recipe.name(index))
+        return str(document["key"]) if document else ""
 
     async def _keep_class_image(self, project: str, recipe: "ClassImages", index: int, key: str) -> str:
-        ref = artifact_pb2.Ref(
-            project_id=project,
-            kind="class_images",
-            name=recipe.name(index),
-            document_json=json.dumps({"key": key, "prompt": recipe.prompt, "seed": recipe.seed_of(index)}),
-        )
+        document = {"key": key, "prompt": recipe.prompt, "seed": recipe.seed_of(index)}
         try:
-            await self._siblings.storage.PutRef(storage_service_pb2.PutRefRequest(ref=ref))
+            await self._siblings.storage.put_ref(project, "class_images", recipe.name(index), document)
         except AlreadyExists:  # another job drew it meanwhile: once stored, it is the input of all
             return await self._cached_class_image(project, recipe, index)
         return key
-
-    async def _class_dataset(self, project: str, images: Sequence[artifact_pb2.DatasetImage]) -> str:
-        response: storage_service_pb2.CreateDatasetResponse = await self._siblings.storage.CreateDataset(
-            storage_service_pb2.CreateDatasetRequest(project_id=project, images=images)
-        )
-        return response.dataset.key
 
     # -- finish ----------------------------------------------------------------------------------------------
 
@@ -283,8 +266,8 @@ class TrainingLeader:
             why = f"drawing {sum(max(1, sample.num_images) for sample in spec.samples)} sample pictures"
             revision = await self._write(revision, life.enter_stage(record, Stage.SAMPLING, why))
         result.samples.extend(await self._samples(revision, spec, result))
-        key = await self._store_document(record.project, _to_json(result))
-        done = life.finish(revision.record, None, key, self._log.now_ms())
+        document = await self._siblings.storage.upload_document(record.project, _to_json(result))
+        done = life.finish(revision.record, None, document.key, self._log.now_ms())
         await self._write(revision, done)
 
     async def _samples(
@@ -377,21 +360,6 @@ class TrainingLeader:
             "fraction": life.whole_fraction(record.stage, done, total),
         }
         await self._progress.publish_progress(record.project, record.id, body)
-
-    async def _store_document(self, project: str, document: Mapping[str, Any]) -> str:
-        data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-
-        async def messages() -> AsyncIterator[storage_service_pb2.WriteBlobRequest]:
-            header = storage_service_pb2.BlobHeader(
-                project_id=project,
-                digest=hashlib.sha256(data).hexdigest(),
-                size_bytes=len(data),
-                media_type=media_type_of("result.json"),
-            )
-            yield storage_service_pb2.WriteBlobRequest(header=header, data=data)
-
-        response: storage_service_pb2.WriteBlobResponse = await self._siblings.storage.WriteBlob(messages())
-        return response.blob.key
 
 
 @dataclass(frozen=True, slots=True)
