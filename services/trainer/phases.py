@@ -7,10 +7,7 @@ replaced by whoever starts again from the record. Pictures are drawn by the infe
 """
 
 import asyncio
-import hashlib
-import json
 import logging
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -37,21 +34,24 @@ from services.domain.errors import (
 )
 from services.domain.job import JobFailure, JobRecord, JobRef, Phase, Stage
 from services.domain.ports import JobLog, ProgressLog, Revision
+from services.trainer.drawings import (
+    IMAGES_PER_DRAWING,
+    ClassImages,
+    child_id,
+    has_prior,
+    proof_drawing,
+    runs_of,
+    sample_drawing,
+)
 
 logger = logging.getLogger(__name__)
 
-IMAGES_PER_DRAWING: Final = 10
-TEST_PICTURE_STEPS: Final = 20
 ATTEMPTS: Final = 5
 """How often a phase is tried after faults that may pass, in all 31 s of waiting. After that a sibling that does not
 answer leaves the job where it is, for the next tick to begin again; anything else ends it."""
 
 IMPORT_TIMEOUT_S: Final = 1800.0
 """Longest time for one archive: download, checks, decoding, storing."""
-
-CLASS_IMAGE_STEPS: Final = 50
-CLASS_IMAGE_GUIDANCE: Final = 7.5
-CLASS_IMAGE_SCHEDULER: Final = generation_job_pb2.SCHEDULER_DDIM
 
 ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
 
@@ -218,7 +218,7 @@ class TrainingLeader:
         self,
         record: JobRecord,
         concept: int,
-        recipe: "ClassImages",
+        recipe: ClassImages,
         count: int,
         in_flight: int,
         drawn: "_Counter",
@@ -241,11 +241,11 @@ class TrainingLeader:
             await drawn.add(length)
         return [artifact_pb2.DatasetImage(id=f"drawn/{i:04d}.png", key=keys[i]) for i in range(count)]
 
-    async def _cached_class_image(self, project: str, recipe: "ClassImages", index: int) -> str:
+    async def _cached_class_image(self, project: str, recipe: ClassImages, index: int) -> str:
         document = await self._siblings.storage.get_ref(project, "class_images", recipe.name(index))
         return str(document["key"]) if document else ""
 
-    async def _keep_class_image(self, project: str, recipe: "ClassImages", index: int, key: str) -> str:
+    async def _keep_class_image(self, project: str, recipe: ClassImages, index: int, key: str) -> str:
         document = {"key": key, "prompt": recipe.prompt, "seed": recipe.seed_of(index)}
         try:
             await self._siblings.storage.put_ref(project, "class_images", recipe.name(index), document)
@@ -259,7 +259,7 @@ class TrainingLeader:
         record = revision.record
         spec = await self._read_spec(record)
         result = json_format.ParseDict(dict(record.trained or {}), training_job_pb2.TrainingResult())
-        test = test_drawing(spec, result, record)
+        test = proof_drawing(spec, result, record)
         [image] = await self._draw(record, "test", test)
         result.test_image.CopyFrom(training_job_pb2.SampleImage(spec=test, image=image))
         if spec.samples and record.stage is not Stage.SAMPLING:
@@ -388,114 +388,6 @@ class _Counter:
     async def add(self, count: int) -> None:
         self.done += count
         await self.report(self.done, self.total)
-
-
-@dataclass(frozen=True, slots=True)
-class ClassImages:
-    """The rule by which class pictures of one concept are drawn; picture i depends on nothing but this and i.
-
-    Attributes:
-        base_digest: manifest digest of the untouched base model.
-        model: its id, for the drawing.
-        prompt: the class prompt.
-        size_px: width and height, the training's resolution.
-        seed: seed of picture 0; picture i has seed + i.
-    """
-
-    base_digest: str
-    model: str
-    prompt: str
-    size_px: int
-    seed: int
-
-    def seed_of(self, index: int) -> int:
-        """Seed of picture `index`."""
-        return self.seed + index
-
-    def name(self, index: int) -> str:
-        """Cache key of picture `index`: a hash of everything its pixels depend on."""
-        parts = [
-            self.base_digest,
-            self.prompt,
-            self.size_px,
-            CLASS_IMAGE_STEPS,
-            CLASS_IMAGE_GUIDANCE,
-            generation_job_pb2.Scheduler.Name(CLASS_IMAGE_SCHEDULER),
-            self.seed,
-            index,
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def drawing(self, first: int, count: int) -> generation_job_pb2.GenerationSpec:
-        """The drawing of pictures `first` to `first + count - 1`."""
-        return generation_job_pb2.GenerationSpec(
-            model=self.model,
-            prompt=self.prompt,
-            width_px=self.size_px,
-            height_px=self.size_px,
-            num_images=count,
-            num_inference_steps=CLASS_IMAGE_STEPS,
-            guidance_scale=CLASS_IMAGE_GUIDANCE,
-            scheduler=CLASS_IMAGE_SCHEDULER,
-            seed=self.seed_of(first),
-        )
-
-
-def has_prior(spec: training_job_pb2.TrainingSpec, concept: training_job_pb2.Concept) -> bool:
-    """Whether this concept trains with prior preservation: its own switch, else the job's."""
-    if concept.HasField("with_prior_preservation"):
-        return concept.with_prior_preservation
-    return spec.with_prior_preservation
-
-
-def child_id(record: JobRecord, name: str) -> str:
-    """Id of a job's drawing: the same whoever leads it, another in each run."""
-    namespace = uuid.uuid5(uuid.NAMESPACE_URL, f"likeness:{record.project}/{record.id}")
-    return str(uuid.uuid5(namespace, f"{record.round}/{name}"))
-
-
-def runs_of(indices: Sequence[int], longest: int) -> list[tuple[int, int]]:
-    """Cuts rising numbers into runs of neighbours: (first, length) pairs, none longer than `longest`."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and index == sum(runs[-1]) and runs[-1][1] < max(1, longest):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((index, 1))
-    return runs
-
-
-def test_drawing(
-    spec: training_job_pb2.TrainingSpec, result: training_job_pb2.TrainingResult, record: JobRecord
-) -> generation_job_pb2.GenerationSpec:
-    """The picture that proves a model: its own instance prompt, few steps, a fixed seed."""
-    return generation_job_pb2.GenerationSpec(
-        model=result.model or record.id,
-        prompt=spec.concepts[0].instance_prompt,
-        negative_prompt=spec.test_negative_prompt,
-        num_images=1,
-        num_inference_steps=TEST_PICTURE_STEPS,
-        scheduler=generation_job_pb2.SCHEDULER_DDIM,
-        seed=spec.seed,
-        clip_skip=spec.clip_skip,
-    )
-
-
-def sample_drawing(
-    sample: generation_job_pb2.GenerationSpec,
-    index: int,
-    result: training_job_pb2.TrainingResult,
-    record: JobRecord,
-) -> generation_job_pb2.GenerationSpec:
-    """A sample aimed at the finished model; a missing seed is drawn from 0..65535, the same for every leader."""
-    drawing = generation_job_pb2.GenerationSpec()
-    drawing.CopyFrom(sample)
-    drawing.model = result.model or record.id
-    drawing.num_images = max(1, sample.num_images)
-    if not sample.HasField("seed"):
-        drawn = hashlib.sha256(f"{record.project}/{record.id}/{record.round}/{index}".encode()).digest()
-        drawing.seed = int.from_bytes(drawn[:2], "big")
-    return drawing
 
 
 def _to_json(message: Any) -> dict[str, Any]:
