@@ -1,0 +1,158 @@
+"""One picture in the engine: where it stands between noise and latents, and with which others it can share a call.
+
+A request for several pictures becomes several slots, since pictures of one request need nothing of each other.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from likeness.inference.v1 import generation_job_pb2 as pb
+from torch import Tensor
+
+from services.diffusion.drawing import Drawing, Row, encode_context, initial_noise, sampler_of, size_px
+from services.diffusion.loading import Components
+from services.diffusion.prompts import tokenize
+from services.diffusion.samplers import Sampler
+from services.domain.errors import InvalidSpec, Violation
+
+_UNAVAILABLE: tuple[tuple[str, Callable[[pb.GenerationSpec], Any]], ...] = (
+    ("init_image_key", lambda spec: spec.init_image_key),
+    ("mask_image_key", lambda spec: spec.mask_image_key),
+    ("loras", lambda spec: spec.loras),
+    ("embeddings", lambda spec: spec.embeddings),
+    ("vae", lambda spec: spec.vae),
+    ("self_attention_scale", lambda spec: spec.self_attention_scale > 0),
+    ("panorama", lambda spec: spec.panorama),
+    ("highres_fix", lambda spec: spec.highres_fix),
+    ("upscale_factor", lambda spec: spec.upscale_factor > 1),
+    ("token_merging_ratio", lambda spec: spec.token_merging_ratio > 0),
+    ("safety_action", lambda spec: spec.safety_action),
+    ("enhance_prompt", lambda spec: spec.enhance_prompt),
+    ("translate_prompt", lambda spec: spec.translate_prompt),
+    ("add_trigger_words", lambda spec: spec.add_trigger_words),
+    ("long_prompt_mode", lambda spec: spec.long_prompt_mode),
+    ("weighted_prompt", lambda spec: spec.weighted_prompt),
+    ("circular_padding", lambda spec: spec.circular_padding),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotKey:
+    """What slots must have in common to share a UNet call.
+
+    Attributes:
+        branches: 1 without guidance, 2 with.
+        positions: token positions that the UNet attends to.
+    """
+
+    model: str
+    latent_shape: tuple[int, ...]
+    branches: int
+    positions: int
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One picture on its way.
+
+    Attributes:
+        job: the request it belongs to.
+        number: its place within the request, from 0.
+        latents: float32 [1, c, h, w].
+        context: [branches, n, d], unconditional first.
+        done: UNet calls made.
+        device_s: seconds that the device worked for it, its share of batched calls.
+    """
+
+    job: str
+    number: int
+    drawing: Drawing
+    components: Components
+    sampler: Sampler
+    latents: Tensor
+    context: Tensor
+    key: SlotKey
+    done: int = 0
+    device_s: float = 0.0
+    last_tick: int = field(default=-1)
+
+    @property
+    def is_finished(self) -> bool:
+        """All UNet calls are made."""
+        return self.done >= self.sampler.calls
+
+    @property
+    def row(self) -> Row:
+        """Its row in the next UNet call."""
+        return Row(self.sampler, self.latents, self.done)
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Width and height of the finished picture."""
+        return size_px(self.components, self.drawing)
+
+
+def drawings_of(spec: pb.GenerationSpec) -> list[Drawing]:
+    """The pictures that a request asks for; picture i has the seed + i.
+
+    Raises:
+        InvalidSpec: naming each wish that this engine does not fulfil.
+    """
+    wishes = [name for name, is_set in _UNAVAILABLE if is_set(spec)]
+    if wishes:
+        raise InvalidSpec([Violation(name, "is not offered by this installation") for name in wishes])
+    first = Drawing(
+        prompt=spec.prompt,
+        negative_prompt=spec.negative_prompt,
+        width_px=spec.width_px,
+        height_px=spec.height_px,
+        num_inference_steps=spec.num_inference_steps,
+        guidance_scale=spec.guidance_scale,
+        guidance_rescale=spec.guidance_rescale,
+        scheduler=spec.scheduler,
+        use_karras_sigmas=spec.use_karras_sigmas,
+        algorithm=spec.solver_algorithm,
+        eta=spec.eta,
+        clip_skip=max(1, spec.clip_skip),
+        seed=spec.seed,
+    )
+    return [replace(first, seed=spec.seed + number) for number in range(spec.num_images)]
+
+
+@torch.inference_mode()
+def open_slots(job: str, model: str, components: Components, drawings: Sequence[Drawing]) -> list[Slot]:
+    """Make the slots of one request; equal prompts are encoded once.
+
+    Args:
+        job: name of the request.
+        model: digest of the model's manifest.
+        components: the model.
+        drawings: pictures that differ in nothing but their seeds.
+
+    Raises:
+        InvalidSpec: the model or its scheduler cannot do what is asked.
+    """
+    started = time.perf_counter()
+    context = encode_context(components, drawings[0])
+    share_s = (time.perf_counter() - started) / len(drawings)
+    slots = []
+    for number, drawing in enumerate(drawings):
+        sampler = sampler_of(components, drawing)
+        latents = sampler.start(initial_noise(components, drawing, sampler.generator))
+        key = SlotKey(model, tuple(latents.shape), context.shape[0], context.shape[1])
+        slots.append(Slot(job, number, drawing, components, sampler, latents, context, key, device_s=share_s))
+    return slots
+
+
+def truncation_warnings(components: Components, drawing: Drawing) -> list[str]:
+    """One sentence for each prompt that does not fit the model's text encoder."""
+    prompts = {"prompt": drawing.prompt, "negative prompt": drawing.negative_prompt}
+    tokens = tokenize(components.tokenizer, list(prompts.values()), components.model_max_length)
+    return [
+        f"the {name} is too long for this model; left out: {text}"
+        for name, text in zip(prompts, tokens.dropped, strict=True)
+        if text
+    ]

@@ -1,0 +1,68 @@
+"""What follows denoising: latents to pixels, pixels to a file.
+
+Files carry no text: neither prompt nor seed leaves inside a picture.
+"""
+
+import hashlib
+import io
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from likeness.inference.v1 import generation_job_pb2 as pb
+from PIL import Image
+
+from services.diffusion.drawing import decode, to_image
+from services.inference.slot import Slot
+
+_JPEG_QUALITY = 95
+# Noise-like pictures do not shrink further above this level; it only costs time.
+_PNG_COMPRESSION = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A finished picture's file.
+
+    Attributes:
+        digest: SHA-256 of the file, lower-case hexadecimal.
+    """
+
+    path: Path
+    media_type: str
+    digest: str
+    size_bytes: int
+    width_px: int
+    height_px: int
+
+
+def finish(slot: Slot, path: Path, image_format: int = pb.IMAGE_FORMAT_PNG) -> Drawn:
+    """Decode a finished slot and write its picture.
+
+    Args:
+        slot: its latents are complete; its device time grows by that of the decoding.
+        path: file to write.
+        image_format: canonical value; unspecified is PNG.
+
+    Raises:
+        Diverged: latents or pixels are not finite.
+    """
+    started = time.perf_counter()
+    width_px, height_px = slot.size_px
+    pixels = decode(slot.components, slot.latents)[0, :, :height_px, :width_px]
+    image = to_image(pixels)
+    slot.device_s += time.perf_counter() - started
+    content, media_type = encode_image(image, image_format)
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    return Drawn(path, media_type, digest, len(content), width_px, height_px)
+
+
+def encode_image(image: Image.Image, image_format: int = pb.IMAGE_FORMAT_PNG) -> tuple[bytes, str]:
+    """A picture as a file's bytes without metadata, and its media type."""
+    buffer = io.BytesIO()
+    if image_format == pb.IMAGE_FORMAT_JPEG:
+        image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        return buffer.getvalue(), "image/jpeg"
+    image.save(buffer, "PNG", compress_level=_PNG_COMPRESSION)
+    return buffer.getvalue(), "image/png"
