@@ -1,9 +1,8 @@
 """Local copies of blobs that several processes of one machine share, and model folders made of them.
 
     <root>/blobs/<sha256>              one file a blob; the access time says when it was used last
-    <root>/incoming/                   downloads under way
-    <root>/holders/<id>/lock           held (flock) as long as the process lives that works in this folder
-    <root>/holders/<id>/<digest>/...   models as folders: hard links to the blobs
+    <root>/holders/<id>/               one process's own: downloads under way
+    <root>/holders/<id>/<digest>/...   and models as folders: hard links to the blobs
 
 No lock guards the blobs. A blob appears by a rename, with its digest checked. Whoever uses one has a hard link of
 its own, so that eviction can never pull a file from under a reader, and a blob with a second link counts as in use
@@ -13,10 +12,8 @@ and stays. Folders of processes that died are swept by the next one that starts.
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,13 +22,14 @@ from pathlib import Path, PurePosixPath
 
 from likeness.storage.v1.model_pb2 import Model, ModelManifest
 
+from services.adapters.owned_folder import OwnedFolder, sweep_dead
 from services.adapters.storage_client import StorageClient
 from services.domain.artifacts import digest_of_key
 from services.domain.errors import BadInput, Unavailable
 
 logger = logging.getLogger(__name__)
 
-STALE_DOWNLOAD_S = 24 * 3600.0
+HOLDERS = "holders"
 PLACE_TRIES = 5
 """An eviction by another process can come between a download and its use."""
 
@@ -63,17 +61,15 @@ class BlobCache:
         """
         self.root = root.absolute()
         self._max_bytes = max_bytes
-        self._blobs, self._incoming = self.root / "blobs", self.root / "incoming"
-        self._downloads: dict[str, asyncio.Lock] = {}
-        for folder in (self._blobs, self._incoming, self.root / "holders"):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        self._own, self._lock = self._opened_holder()
+        self._blobs = self.root / "blobs"
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._busy: dict[str, asyncio.Lock] = {}
+        sweep_dead(self.root / HOLDERS)
+        self._holder = OwnedFolder(self.root / HOLDERS)
 
     def close(self) -> None:
         """Gives up all folders of this process."""
-        shutil.rmtree(self._own, ignore_errors=True)
-        os.close(self._lock)
+        self._holder.close()
 
     def path_of(self, key: str) -> Path:
         """Where a blob's copy is, if it is here; for looking only, since it may leave at any moment."""
@@ -124,17 +120,17 @@ class BlobCache:
         """
         key = model if isinstance(model, str) else model.manifest_key
         manifest = await storage.read_manifest(key)
-        folder = self._own / digest_of_key(key)
-        async with self._downloads.setdefault(folder.name, asyncio.Lock()):
+        folder = self._holder.path / digest_of_key(key)
+        async with self._busy.setdefault(folder.name, asyncio.Lock()):
             if not folder.is_dir():
                 await self._build_folder(storage, manifest, folder)
         return FetchedModel(folder, manifest, key)
 
     async def release(self, folder: Path) -> None:
         """Gives up a model's folder; its blobs may leave the cache afterwards."""
-        if folder.parent != self._own:
+        if folder.parent != self._holder.path:
             raise ValueError(f"not a folder of this cache: {folder}")
-        async with self._downloads.setdefault(folder.name, asyncio.Lock()):
+        async with self._busy.setdefault(folder.name, asyncio.Lock()):
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         await asyncio.to_thread(self.evict)
 
@@ -165,14 +161,14 @@ class BlobCache:
 
     async def _ensure(self, storage: StorageClient, key: str, size_bytes: int | None) -> None:
         path = self.path_of(key)
-        async with self._downloads.setdefault(path.name, asyncio.Lock()):
+        async with self._busy.setdefault(path.name, asyncio.Lock()):
             if await asyncio.to_thread(_touched, path, size_bytes):
                 return
             await self._download(storage, key, path)
         await asyncio.to_thread(self.evict)
 
     async def _download(self, storage: StorageClient, key: str, path: Path) -> None:
-        incoming = self._incoming / f"{path.name}-{secrets.token_hex(8)}"
+        incoming = self._holder.new_path()
         started = time.monotonic()
         try:
             size = await storage.download_blob(key, incoming)
@@ -189,39 +185,6 @@ class BlobCache:
         for path in self._blobs.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
-
-    def _opened_holder(self) -> tuple[Path, int]:
-        """Makes this process's folder with a lock on it, before it can be seen under its final name."""
-        name = f"{os.getpid()}-{secrets.token_hex(4)}"
-        making = self._incoming / f"holder-{name}"
-        making.mkdir()
-        lock = os.open(making / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return making.rename(self.root / "holders" / name), lock
-
-    def _sweep(self) -> None:
-        for holder in (self.root / "holders").iterdir():
-            if _is_dead(holder):
-                shutil.rmtree(holder, ignore_errors=True)
-        for leftover in self._incoming.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - leftover.stat().st_mtime > STALE_DOWNLOAD_S:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _is_dead(holder: Path) -> bool:
-    """Nobody holds the folder's lock; the kernel lets go of it with the process, however that ended."""
-    try:
-        lock = os.open(holder / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(lock)
 
 
 def _touched(path: Path, size_bytes: int | None) -> bool:

@@ -176,7 +176,9 @@ class StorageClient:
         digest, size = await asyncio.to_thread(_hash_file, path)
         header = BlobHeader(project_id=project, digest=digest, size_bytes=size, media_type=media_type)
         stored = await self._stored_already(header)
-        return stored or await _persistently(lambda: self._write(header, _file_pieces(path)))
+        if stored is not None:
+            return stored
+        return await _persistently(lambda: self._write(header, _file_pieces(path)))
 
     async def upload_bytes(self, project: str, data: bytes, media_type: str) -> Blob:
         """Stores bytes under their digest; arguments and errors as :meth:`upload_file`."""

@@ -21,6 +21,7 @@ _PROJECT: Final = re.compile(r"^[a-z0-9-]{1,40}\Z")
 _DIGEST: Final = re.compile(r"^[0-9a-f]{64}\Z")
 _REF_KIND: Final = re.compile(r"^[a-z_]{1,32}\Z")
 _REF_NAME: Final = re.compile(r"^(?!\.)[A-Za-z0-9_.-]{1,128}\Z")
+_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 _BLOB_KEY: Final = re.compile(
     r"^(?:shared|projects/(?P<project>[a-z0-9-]{1,40}))/blobs/sha256/(?P<digest>[0-9a-f]{64})\Z"
 )
@@ -81,6 +82,17 @@ def ref_key(project: str, kind: str, name: str) -> str:
 def ref_prefix(project: str, kind: str) -> str:
     """What the keys of all references of a kind begin with."""
     return f"{scope(project)}/refs/{kind}/"
+
+
+def checked_key(key: str) -> str:
+    """The key itself, when a store may use it as a path: no part is empty or begins with a dot.
+
+    Raises:
+        InvalidSpec: it is not such a key.
+    """
+    if len(key) > 512 or not _KEY.fullmatch(key):
+        raise InvalidSpec("is not an artifact key", "key")
+    return key
 
 
 def media_type_of(file_name: str) -> str:
