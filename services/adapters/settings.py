@@ -265,6 +265,19 @@ class InferenceWorkerSettings(WorkerSettings, InferenceAddress):
 
     process: ClassVar[str] = "inference worker"
 
+    batch_cap: int = setting(
+        1,
+        "Pictures in one call of the network; above 1 a picture depends on its neighbours in the last bits.",
+        ge=1,
+        le=64,
+    )
+    model_memory_bytes: int = setting(
+        0,
+        "Weights that stay loaded; 0: 60 % of the device's memory, 8 GiB on a CPU.",
+        unit="bytes",
+        ge=0,
+    )
+
 
 class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelSettings):
     """Storage."""
@@ -295,6 +308,11 @@ class LauncherSettings(GatewaySettings):
     nats_addr: Address = setting(EMBEDDED_NATS_ADDR, "Where the launcher's own nats-server listens.")
     nats_monitor_addr: Address = setting(
         "127.0.0.1:8105", "Where the launcher's own nats-server answers its monitor (HTTP)."
+    )
+    examples_addr: Address = setting(
+        "127.77.0.1:8106",
+        "Where the launcher serves the bundled example pictures (HTTP), for jobs to fetch. A loopback address of "
+        "its own, since it is the one private address that the embedded storage may reach without being told.",
     )
 
 
