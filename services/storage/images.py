@@ -119,7 +119,10 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int 
             return _decode(data, type_name, max_pixels, min_side_px)
     except ImageRefused:
         raise
-    except (Image.DecompressionBombError, MemoryError) as error:
+    except Image.DecompressionBombError as error:
+        why = f"its pixels are more than {max_pixels / 1e6:g} megapixels"
+        raise ImageRefused(RefusalKind.UNREADABLE, why) from error
+    except MemoryError as error:
         raise ImageRefused(RefusalKind.UNREADABLE, "needs too much memory") from error
     except (
         Exception
