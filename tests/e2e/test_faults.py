@@ -1,0 +1,122 @@
+"""What users do not notice: processes that are killed, stopped, or left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e import running
+from tests.e2e.running import Platform
+
+DEV = "dev"
+UPDATES = 60
+WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def hurt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A platform of its own for the tests that kill."""
+    started = running.start(tmp_path_factory.mktemp("home"), **running.QUICK)
+    yield started
+    started.stop()
+
+
+def weights_of(platform: Platform, job_id: str) -> dict[str, str]:
+    parts = platform.model(DEV, job_id).manifest.components
+    return {part.path: part.digest for part in parts if part.path in WEIGHTS}
+
+
+def test_a_killed_trainer_changes_no_bit_of_the_result(hurt: Platform, archive: str) -> None:
+    request = running.small_request(archive, max_train_steps=UPDATES)
+    undisturbed = hurt.submit(request)
+    assert hurt.wait(undisturbed)["status"] == "COMPLETED"
+    disturbed = hurt.submit(request)
+    hurt.wait_for_stage(disturbed, "training", step=UPDATES // 2)
+    hurt.kill("trainer worker")
+    ended = hurt.wait(disturbed)
+    assert ended["status"] == "COMPLETED", ended
+    assert len(weights_of(hurt, disturbed)) == len(WEIGHTS)
+    assert weights_of(hurt, disturbed) == weights_of(hurt, undisturbed)
+    log = (hurt.home / "logs" / "trainer-worker.log").read_text()
+    assert "resum" in log.lower(), "it must have gone on from a checkpoint"
+
+
+@pytest.mark.parametrize("name", ["nats-server", "storage", "trainer api", "inference api", "gateway"])
+def test_a_job_survives_the_death_of_any_process_in_training(hurt: Platform, archive: str, name: str) -> None:
+    job_id = hurt.submit(running.small_request(archive, max_train_steps=UPDATES))
+    hurt.wait_for_stage(job_id, "training", step=5)
+    before = hurt.child(name).pid
+    hurt.kill(name)
+    ended = hurt.wait(job_id)
+    assert ended["status"] == "COMPLETED", f"{ended}\n{hurt.logs()}"
+    assert len(ended["output"]) == 2
+    assert hurt.child(name).pid != before, "the launcher must have started it again"
+    running.wait_until(hurt.is_ready, 30, "readiness after the kill")
+
+
+def test_a_job_survives_the_death_of_the_inference_worker(hurt: Platform, archive: str) -> None:
+    samples = [{"prompt": "sks robot", "seed": 3, "infer_steps": 150}]
+    job_id = hurt.submit(running.small_request(archive, max_train_steps=2, samples=samples))
+    hurt.wait_for_stage(job_id, "sampling")
+    hurt.kill("inference worker")
+    ended = hurt.wait(job_id)
+    assert ended["status"] == "COMPLETED", ended
+    assert [image["seed"] for image in ended["output"]] == [3]
+
+
+def test_a_worker_that_slept_past_its_lease_never_becomes_visible(hurt: Platform, archive: str) -> None:
+    job_id = hurt.submit(running.small_request(archive, max_train_steps=UPDATES))
+    hurt.wait_for_stage(job_id, "training", step=5)
+    sleeper = hurt.child("trainer worker")
+    family = [sleeper, *sleeper.children(recursive=True)]
+    first = hurt.status(job_id)["workerId"]
+    for process in family:
+        process.send_signal(signal.SIGSTOP)
+    second = subprocess.Popen(
+        [sys.executable, "-m", "services.trainer", "worker"],
+        env=hurt.environment | {"LIKENESS_CACHE": str(hurt.home / "second-cache")}, cwd=running.ROOT,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        ended = hurt.wait(job_id)
+        assert ended["status"] == "COMPLETED", ended
+        assert ended["workerId"] != first
+        result = weights_of(hurt, job_id)
+        for process in family:
+            process.send_signal(signal.SIGCONT)
+        time.sleep(4)
+        assert hurt.status(job_id) | {"output": None} == ended | {"output": None}
+        assert weights_of(hurt, job_id) == result
+    finally:
+        for process in family:
+            if process.is_running():
+                process.send_signal(signal.SIGCONT)
+        second.terminate()
+        assert second.wait(30) == 0, "a worker that is asked to leave leaves with status 0"
+
+
+def test_a_killed_launcher_leaves_no_orphan_and_its_home_serves_again(tmp_path: Path, archive: str) -> None:
+    first = running.start(tmp_path, **running.QUICK)
+    job_id = first.submit(running.small_request(archive, max_train_steps=UPDATES))
+    first.wait_for_stage(job_id, "training", step=2)
+    family = psutil.Process(first.process.pid).children(recursive=True)
+    assert len(family) >= len(running.COMMANDS)
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, [process.cmdline() for process in alive]
+    second = running.start(tmp_path, **running.QUICK)
+    try:
+        assert second.key == first.key
+        assert second.wait(job_id)["status"] == "COMPLETED"
+    finally:
+        second.stop()
+    with pytest.raises(httpx.ConnectError):
+        second.http.get("/healthz")
