@@ -57,8 +57,3 @@ def record_of(headers: Mapping[str, Any]) -> JobRecord:
         KeyError, ValueError: the headers are not those of a revision.
     """
     return JobRecord.from_json(str(headers[LINE]).encode())
-
-
-def rests(headers: Mapping[str, Any]) -> bool:
-    """The revision with these headers is of a job that has ended."""
-    return JobState(str(headers[STATE])) in RESTING_STATES

@@ -10,7 +10,7 @@ import heapq
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Final, Self
@@ -220,7 +220,7 @@ class MemoryJobFeed:
     def __init__(self, platform: MemoryPlatform) -> None:
         self._platform = platform
 
-    async def follow(self, kind: JobKind | None = None) -> AsyncIterator[Revision | CaughtUp]:
+    async def follow(self, kind: JobKind | None = None) -> AsyncGenerator[Revision | CaughtUp, None]:
         """Newest revision of every job, then CaughtUp, then every new revision, for ever."""
         log = self._platform.job_log
         with log.listening() as written:
@@ -260,7 +260,7 @@ class MemoryBeatFeed:
             if kind is beat.kind:
                 queue.put_nowait(beat)
 
-    async def follow_beats(self, kind: JobKind) -> AsyncIterator[Beat]:
+    async def follow_beats(self, kind: JobKind) -> AsyncGenerator[Beat, None]:
         """Beats published from now on."""
         queue: asyncio.Queue[Beat] = asyncio.Queue()
         self._followers[queue] = kind
