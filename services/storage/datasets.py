@@ -117,7 +117,7 @@ class DatasetImporter:
             else:
                 dataset = await self._import(project, source, read_captions)
             if len(dataset.images) < min_usable_images:
-                raise BadInput(f"holds {len(dataset.images)} usable images, {min_usable_images} are needed")
+                raise BadInput(f"{min_usable_images} usable images are needed, {len(dataset.images)} found")
             return dataset
         except NotFound as error:
             raise BadInput(str(error), source.field) from error
