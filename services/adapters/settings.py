@@ -30,6 +30,9 @@ CONFIGURATION_FAULT = 78
 EMBEDDED_NATS_ADDR = "127.0.0.1:8104"
 """Where the launcher's own nats-server listens unless told otherwise."""
 
+EXAMPLES_HOST = "127.77.0.1"
+"""Loopback address on which nothing but the example pictures is served."""
+
 S = TypeVar("S", bound="CommonSettings")
 
 
@@ -309,11 +312,17 @@ class LauncherSettings(GatewaySettings):
     nats_monitor_addr: Address = setting(
         "127.0.0.1:8105", "Where the launcher's own nats-server answers its monitor (HTTP)."
     )
-    examples_addr: Address = setting(
-        "127.77.0.1:8106",
-        "Where the launcher serves the bundled example pictures (HTTP), for jobs to fetch. A loopback address of "
-        "its own, since it is the one private address that the embedded storage may reach without being told.",
+    examples_addr: Address | None = setting(
+        None,
+        "Where the launcher serves the bundled example pictures (HTTP), for jobs to fetch: a loopback address of "
+        "its own, since it is the one private address that the embedded storage may reach without being told. "
+        f"Default: {EXAMPLES_HOST} with the port of LIKENESS_NATS_MONITOR_ADDR.",
     )
+
+    @property
+    def examples_address(self) -> str:
+        """The address that :attr:`examples_addr` names, or its default."""
+        return self.examples_addr or f"{EXAMPLES_HOST}:{self.nats_monitor_addr.rpartition(':')[2]}"
 
 
 class CliSettings(CommonSettings):

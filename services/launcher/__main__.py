@@ -144,7 +144,7 @@ def _tell_ready(settings: LauncherSettings, home: Home, url: str) -> None:
     if not home.api_key.is_file():
         raise StartFailed(f"storage made no key in {home.api_key}")
     sys.stdout.write(
-        welcome(url, home.api_key.read_text().strip(), str(home.api_key), settings.examples_addr)
+        welcome(url, home.api_key.read_text().strip(), str(home.api_key), settings.examples_address)
     )
     sys.stdout.flush()
 

@@ -84,7 +84,7 @@ def has_examples() -> bool:
 
 
 def _examples_host(settings: LauncherSettings) -> str:
-    return settings.examples_addr.rpartition(":")[0]
+    return settings.examples_address.rpartition(":")[0]
 
 
 def _service(name: str, module: list[str], environ: Mapping[str, str]) -> Program:
@@ -111,11 +111,11 @@ def _nats(settings: LauncherSettings, home: Home, environ: Mapping[str, str]) ->
 
 
 def _examples(settings: LauncherSettings, environ: Mapping[str, str]) -> Program:
-    host, _, port = settings.examples_addr.rpartition(":")
+    host, _, port = settings.examples_address.rpartition(":")
     command = [sys.executable, "-m", "http.server", port, "--bind", host, "--directory", str(EXAMPLES)]
 
     async def probe() -> bool:
-        return (await get(settings.examples_addr, "/" + EXAMPLE_ARCHIVE))[0] == 200
+        return (await get(settings.examples_address, "/" + EXAMPLE_ARCHIVE))[0] == 200
 
     return Program("examples", command, environ, probe=probe)
 
@@ -125,9 +125,10 @@ def addresses(settings: LauncherSettings) -> dict[str, str]:
     names = ["http_addr", "storage_addr", "training_addr", "inference_addr"]
     if not settings.nats_url:
         names += ["nats_addr", "nats_monitor_addr"]
+    wanted = {PREFIX + name.upper(): getattr(settings, name) for name in names}
     if has_examples():
-        names.append("examples_addr")
-    return {PREFIX + name.upper(): getattr(settings, name) for name in names}
+        wanted["LIKENESS_EXAMPLES_ADDR"] = settings.examples_address
+    return wanted
 
 
 def taken(wanted: Mapping[str, str]) -> list[str]:

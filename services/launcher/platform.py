@@ -12,6 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from services.adapters.settings import LauncherSettings, load
+from services.launcher.plan import EXAMPLE_ARCHIVE
+
 ADDRESS_VARIABLES = (
     "LIKENESS_HTTP_ADDR",
     "LIKENESS_STORAGE_ADDR",
@@ -20,7 +23,6 @@ ADDRESS_VARIABLES = (
     "LIKENESS_NATS_ADDR",
     "LIKENESS_NATS_MONITOR_ADDR",
 )
-EXAMPLES_HOST = "127.77.0.1"
 
 
 class PlatformFailed(Exception):
@@ -29,7 +31,7 @@ class PlatformFailed(Exception):
 
 def free_addresses() -> dict[str, str]:
     """An address on a free port for each thing that listens, by its variable."""
-    sockets = [socket.socket() for _ in range(len(ADDRESS_VARIABLES) + 1)]
+    sockets = [socket.socket() for _ in ADDRESS_VARIABLES]
     try:
         for listener in sockets:
             listener.bind(("127.0.0.1", 0))
@@ -37,8 +39,7 @@ def free_addresses() -> dict[str, str]:
     finally:
         for listener in sockets:
             listener.close()
-    addresses = {name: f"127.0.0.1:{port}" for name, port in zip(ADDRESS_VARIABLES, ports, strict=False)}
-    return addresses | {"LIKENESS_EXAMPLES_ADDR": f"{EXAMPLES_HOST}:{ports[-1]}"}
+    return {name: f"127.0.0.1:{port}" for name, port in zip(ADDRESS_VARIABLES, ports, strict=True)}
 
 
 class Platform:
@@ -82,7 +83,8 @@ class Platform:
     @property
     def example_url(self) -> str:
         """An archive of pictures that the platform may fetch."""
-        return f"http://{self.settings.get('LIKENESS_EXAMPLES_ADDR', EXAMPLES_HOST + ':8106')}/robot.zip"
+        settings = load(LauncherSettings, self.settings)
+        return f"http://{settings.examples_address}/{EXAMPLE_ARCHIVE}"
 
     @property
     def output(self) -> str:
