@@ -120,7 +120,8 @@ class Outcome:
         ending: how it ended; DIVERGED delivers the last good weights.
         step: updates that are over (of the delivered weights).
         final_loss: mean loss of the last 50 updates; NaN when there was none.
-        files: exported files, relative to the export folder; empty after YIELDED and STOPPED.
+        export_folder: where the exported files are.
+        files: exported files, relative to that folder; empty after YIELDED and STOPPED.
         checkpoint: folder of the checkpoint that a yielded run goes on from.
         warnings: remarks for the owner.
         report: seed, effective configuration and versions: enough to repeat the run.
@@ -130,6 +131,7 @@ class Outcome:
     ending: Ending
     step: int
     final_loss: float
+    export_folder: Path = Path()
     files: tuple[Path, ...] = ()
     checkpoint: Path | None = None
     warnings: tuple[str, ...] = ()

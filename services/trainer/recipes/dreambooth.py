@@ -87,7 +87,7 @@ def train(run: Run, observer: Observer) -> Outcome:
     if spec.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         if spec.train_text_encoder:
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            text_encoder.activation_checkpointing_enable({"use_reentrant": False})
     noise_schedule = _noise_schedule(parts.scheduler_config).to(device)
 
     # --- the data: which picture when, and as which latents and text vectors --------------------------------
@@ -154,7 +154,7 @@ def train(run: Run, observer: Observer) -> Outcome:
     writer = checkpoints.BackgroundWriter(run.checkpoint_folder)
     pace = _Pace(run.checkpoint_interval_s)
     ending = Ending.TRAINED
-    saved_step = counters.update if resumed is not None else -1
+    saved_step = counters.update
     try:
         while counters.update < total:
             wanted = observer.request()
@@ -278,6 +278,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         ending,
         step,
         counters.final_loss,
+        export_folder=run.export_folder,
         files=tuple(files),
         warnings=tuple(warnings),
         report=report,

@@ -15,7 +15,7 @@ def test_a_draw_does_not_depend_on_what_was_drawn_before() -> None:
 
 
 def test_every_part_of_the_name_counts() -> None:
-    names = [
+    names: list[tuple[int, Purpose, int | str, str, int]] = [
         (7, Purpose.NOISE, 0, "a", 0),
         (8, Purpose.NOISE, 0, "a", 0),
         (7, Purpose.VAE, 0, "a", 0),

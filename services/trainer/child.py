@@ -1,0 +1,182 @@
+"""The process that holds the device during a training: one command in, progress out, weights as files.
+
+Commands (JSON objects with a `command`): `train` once, then `checkpoint`, `yield` and `stop` at any time. Events (with
+an `event`): `ready`, `stage`, `progress`, `checkpoint`, and one last `ended` or `failed`; then the process
+ends. It uses no network and holds no secrets; when the device's context breaks it dies, and the parent says so.
+"""
+
+import argparse
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from google.protobuf.json_format import ParseDict
+from likeness.training.v1 import training_job_pb2 as pb
+
+from services.adapters.child_process import ParentLink
+from services.adapters.telemetry import configure_logging
+from services.diffusion.devices import as_device_memory_error, device_memory_bytes, device_name, pick_device
+from services.diffusion.loading import quiet_libraries
+from services.domain.errors import InvalidSpec, OutOfDeviceMemory, public_text, row_of
+from services.trainer.checkpoint import CheckpointDamaged, CheckpointMismatch
+from services.trainer.data import Concept, Picture
+from services.trainer.recipes import dreambooth
+from services.trainer.run import Outcome, Progress, Request, Run, Stage
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_PAUSE_S = 0.25
+TOO_SMALL = (
+    "the device's memory is too small: ask for a smaller resolution or batch, or for gradient checkpointing"
+)
+
+Event = Mapping[str, Any]
+
+
+class LinkObserver:
+    """Passes on what a recipe tells, and asks the parent what it wants.
+
+    Args:
+        emit: sends an event to the parent.
+        poll: the parent's next command, if one is there.
+    """
+
+    def __init__(self, emit: Callable[[Event], None], poll: Callable[[], Event | None]) -> None:
+        self._emit = emit
+        self._poll = poll
+        self._told_at = -math.inf
+
+    def stage(self, stage: Stage) -> None:
+        """Tells which stage has begun."""
+        self._emit({"event": "stage", "stage": stage.value})
+
+    def progress(self, progress: Progress) -> None:
+        """Tells the numbers of an update, at most four times a second and always those of the last one."""
+        now = time.monotonic()
+        if now - self._told_at >= PROGRESS_PAUSE_S or progress.step == progress.total_steps:
+            self._told_at = now
+            self._emit({"event": "progress", **asdict(progress)})
+
+    def checkpoint_saved(self, folder: Path, step: int) -> None:
+        """Tells where a whole checkpoint is."""
+        self._emit({"event": "checkpoint", "folder": str(folder), "step": step})
+
+    def request(self) -> Request:
+        """Returns the parent's newest wish."""
+        wanted = Request.NOTHING
+        while (command := self._poll()) is not None:
+            wanted = Request(command["command"])
+        return wanted
+
+
+def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
+    """Reads a `train` command.
+
+    Args:
+        command: `spec` (JSON of a TrainingSpec), `model_folder`, `model_digest`, `concepts`, `workdir`,
+            `resume_from` (folder or null), `checkpoint_interval_s`.
+        device: where to train.
+    """
+    spec = ParseDict(command["spec"], pb.TrainingSpec(), ignore_unknown_fields=True)
+    concepts = [_concept(index, entry) for index, entry in enumerate(command["concepts"])]
+    return Run(
+        spec=spec,
+        model_folder=Path(command["model_folder"]),
+        model_digest=str(command["model_digest"]),
+        concepts=tuple(concepts),
+        workdir=Path(command["workdir"]),
+        device=device,
+        resume_from=Path(command["resume_from"]) if command.get("resume_from") else None,
+        checkpoint_interval_s=float(command["checkpoint_interval_s"]),
+    )
+
+
+def _concept(index: int, entry: Mapping[str, Any]) -> Concept:
+    def pictures(kind: str) -> tuple[Picture, ...]:
+        prompt, seed = str(entry[f"{kind}_prompt"]), int(entry["seed"])
+        return tuple(
+            Picture(f"{index}/{kind}/{picture['id']}", Path(picture["path"]), prompt, index, seed)
+            for picture in entry[f"{kind}_pictures"]
+        )
+
+    return Concept(pictures("instance"), pictures("class"))
+
+
+def train(run: Run, observer: LinkObserver) -> Outcome:
+    """Trains; a checkpoint that this device or version cannot go on from costs its progress, not the job."""
+    try:
+        return dreambooth.train(run, observer)
+    except (CheckpointMismatch, CheckpointDamaged) as error:
+        logger.warning("training starts anew", extra={"detail": str(error)})
+        outcome = dreambooth.train(replace(run, resume_from=None, workdir=run.workdir / "anew"), observer)
+        remark = f"the training was interrupted and started anew: {error}"
+        return replace(outcome, warnings=(*outcome.warnings, remark))
+
+
+def ended_event(outcome: Outcome) -> dict[str, Any]:
+    """The last event of a run that reached an end of its own."""
+    return {
+        "event": "ended",
+        "ending": outcome.ending.value,
+        "step": outcome.step,
+        "final_loss": None if math.isnan(outcome.final_loss) else outcome.final_loss,
+        "files": [{"path": str(path), "file": str(outcome.export_folder / path)} for path in outcome.files],
+        "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
+        "warnings": list(outcome.warnings),
+        "report": dict(outcome.report),
+        "execution_summary": outcome.execution_summary,
+    }
+
+
+def failed_event(error: Exception) -> dict[str, Any]:
+    """The last event of a run that met a fault; raises what has broken the device for good."""
+    too_small = as_device_memory_error(error)
+    if isinstance(error, torch.AcceleratorError) and too_small is None:
+        raise error
+    known = OutOfDeviceMemory(TOO_SMALL) if too_small else error
+    row = row_of(known)
+    logger.error("training failed", extra={"reason": row.reason}, exc_info=error)
+    violations = known.violations if isinstance(known, InvalidSpec) else ()
+    return {
+        "event": "failed",
+        "reason": row.reason,
+        "message": public_text(known),
+        "field": violations[0].field if violations else "",
+        "retryable": row.retry_job,
+    }
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="trains a model for the worker that started it")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Open the link to the parent, wait for one training, do it."""
+    arguments = _arguments(sys.argv[1:])
+    configure_logging("trainer child")
+    quiet_libraries()
+    link = ParentLink.from_environ()
+    device = pick_device(arguments.device)
+    # On a CPU equal runs give equal bits at no cost; on a GPU that would cost speed, so there it stays off.
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    link.emit({"event": "ready", "device": device_name(device), "memory_bytes": device_memory_bytes(device)})
+    command = next(link.commands())
+    if command["command"] != "train":
+        return
+    try:
+        run = run_of(command, device)
+        link.emit(ended_event(train(run, LinkObserver(link.emit, link.poll))))
+    except Exception as error:
+        link.emit(failed_event(error))
+
+
+if __name__ == "__main__":
+    main()

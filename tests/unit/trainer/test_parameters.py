@@ -1,0 +1,533 @@
+"""One proof a parameter: each test fails if the recipe ignores the field it is named for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
+from likeness.training.v1 import training_job_pb2 as pb
+from safetensors.torch import load_file
+from transformers import CLIPTextModel
+from transformers.models.clip import modeling_clip
+
+from services.domain.errors import InvalidSpec
+from services.trainer import optim
+from services.trainer.execution import HONOURED, OF_OTHERS
+from services.trainer.recipes import dreambooth
+from tests.unit.trainer.harness import (
+    RESOLUTION,
+    Bench,
+    Trained,
+    base_weights,
+    complete_spec,
+    largest_difference,
+    make_concept,
+    same_bits,
+    spying,
+)
+
+PROOFS = {
+    "recipe": "test_another_recipe_or_method_is_refused",
+    "method": "test_another_recipe_or_method_is_refused",
+    "concepts": "test_concepts_prompts_reach_the_text_encoder",
+    "seed": "test_seed_decides_all_weights",
+    "resolution": "test_resolution_sets_the_size_the_unet_sees",
+    "center_crop": "test_center_crop_changes_wide_pictures_and_not_square_ones",
+    "num_train_epochs": "test_num_train_epochs_counts_passes_over_the_longer_list",
+    "max_train_steps": "test_max_train_steps_counts_updates_and_wins_over_epochs",
+    "train_batch_size": "test_train_batch_size_is_the_instance_half_of_what_the_unet_sees",
+    "gradient_accumulation_steps": "test_gradient_accumulation_steps_make_the_update_of_one_large_batch",
+    "gradient_checkpointing": "test_gradient_checkpointing_recomputes_and_gives_the_same_weights",
+    "mixed_precision": "test_mixed_precision_sets_the_type_of_activations",
+    "disable_fused_attention": "test_disable_fused_attention_swaps_the_kernels",
+    "learning_rate": "test_learning_rate_is_the_size_of_the_first_update",
+    "text_encoder_learning_rate": "test_text_encoder_learning_rate_applies_to_the_text_encoder_alone",
+    "scale_learning_rate": "test_scale_learning_rate_multiplies_by_batch_and_accumulation",
+    "lr_scheduler": "test_lr_scheduler_gives_each_name_its_curve",
+    "lr_warmup_steps": "test_lr_warmup_steps_count_updates",
+    "lr_decay_steps": "test_lr_decay_steps_end_the_curve",
+    "lr_num_cycles": "test_lr_num_cycles_restarts_the_cosine",
+    "optimizer_precision": "test_optimizer_precision_is_obeyed",
+    "adam_beta1": "test_each_adam_parameter_changes_the_second_update",
+    "adam_beta2": "test_each_adam_parameter_changes_the_second_update",
+    "adam_weight_decay": "test_each_adam_parameter_changes_the_second_update",
+    "adam_epsilon": "test_adam_epsilon_of_one_all_but_stops_learning_and_is_warned_about",
+    "max_grad_norm": "test_max_grad_norm_limits_the_joint_norm",
+    "with_prior_preservation": "test_with_prior_preservation_reads_class_pictures",
+    "prior_loss_weight": "test_prior_loss_weight_scales_the_class_term",
+    "train_unet": "test_train_unet_false_leaves_the_unet",
+    "train_text_encoder": "test_train_text_encoder_false_leaves_the_text_encoder",
+    "pad_tokens": "test_pad_tokens_sets_the_length_the_unet_attends_to",
+    "save_full_precision": "test_save_full_precision_sets_the_type_of_the_published_weights",
+}
+
+
+def test_every_field_of_the_specification_is_proved_refused_or_of_others() -> None:
+    fields = {field.name for field in pb.TrainingSpec.DESCRIPTOR.fields}
+    assert set(PROOFS) == HONOURED
+    assert fields >= HONOURED | OF_OTHERS
+    assert not HONOURED & OF_OTHERS
+    assert all(name in globals() for name in PROOFS.values())
+    refused = fields - HONOURED - OF_OTHERS
+    assert refused == set(REFUSED_VALUES)
+
+
+REFUSED_VALUES: dict[str, Any] = {
+    "aspect_ratio_bucketing": True,
+    "flip_probability": 0.5,
+    "clip_models_separately": True,
+    "unet_steps": 1,
+    "text_encoder_steps": 1,
+    "clip_skip": 2,
+    "caption_dropout": 0.1,
+    "shuffle_tags": True,
+    "tag_dropout": 0.1,
+    "rated_dataset": True,
+    "lora": pb.LoraSettings(rank=4),
+    "min_snr_gamma": 5.0,
+    "offset_noise": 0.1,
+    "ema_decay": 0.99,
+    "zero_terminal_snr": True,
+    "balance_concepts": True,
+    "publish_every_minutes": 1.0,
+    "save_optimizer": True,
+    "export_formats": [pb.EXPORT_FORMAT_SINGLE_FILE],
+    "preview_prompts": ["a dog"],
+    "crop_jitter": 0.01,
+}
+
+
+@pytest.mark.parametrize("field", sorted(REFUSED_VALUES))
+def test_what_the_recipe_cannot_do_is_refused_by_name(field: str, bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match=f"{field}: is not supported"):
+        bench.train(complete_spec(**{field: REFUSED_VALUES[field]}))
+
+
+def test_another_recipe_or_method_is_refused(bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match="recipe: must be DreamBooth"):
+        bench.train(complete_spec(recipe=pb.RECIPE_EVERYDREAM))
+    with pytest.raises(InvalidSpec, match="method: must be full"):
+        bench.train(complete_spec(method=pb.TRAINING_METHOD_LORA))
+
+
+def test_a_specification_with_open_defaults_is_refused(bench: Bench) -> None:
+    spec = complete_spec()
+    spec.ClearField("adam_epsilon")
+    with pytest.raises(InvalidSpec, match="adam_epsilon: must be resolved"):
+        bench.train(spec)
+
+
+class UnetSpy:
+    """Notes the shapes of every forward pass of the UNet."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[int, ...]] = []
+        self.text: list[tuple[int, ...]] = []
+
+    def __call__(self, unet: Any, sample: torch.Tensor, t: Any, encoder_hidden_states: torch.Tensor) -> None:
+        self.samples.append(tuple(sample.shape))
+        self.text.append(tuple(encoder_hidden_states.shape))
+
+
+def watched(bench: Bench, spec: pb.TrainingSpec, name: str = "run", **data: Any) -> tuple[Trained, UnetSpy]:
+    spy = UnetSpy()
+    concept = make_concept(bench.folder / f"{name}-data", **data)
+    with spying(UNet2DConditionModel, "forward", spy):
+        return bench.train(spec, (concept,), name), spy
+
+
+def test_concepts_prompts_reach_the_text_encoder(bench: Bench) -> None:
+    spec = complete_spec(with_prior_preservation=False, max_train_steps=1)
+    one, _ = watched(bench, spec, "one", instance_prompt="a red circle")
+    other, _ = watched(bench, spec, "other", instance_prompt="a blue star")
+    assert not same_bits(one.weights(), other.weights())
+
+
+def test_seed_decides_all_weights(bench: Bench) -> None:
+    first = bench.train(complete_spec(), name="first")
+    again = bench.train(complete_spec(), name="again")
+    other = bench.train(complete_spec(seed=8), name="other")
+    assert same_bits(first.weights(), again.weights())
+    assert not same_bits(first.weights(), other.weights())
+    assert first.report()["seed"] == 7
+
+
+@pytest.mark.parametrize("resolution", [16, 32])
+def test_resolution_sets_the_size_the_unet_sees(resolution: int, bench: Bench) -> None:
+    spec = complete_spec(resolution=resolution, max_train_steps=1, with_prior_preservation=False)
+    _, spy = watched(bench, spec, size=(40, 30))
+    assert spy.samples == [(1, 4, resolution // 2, resolution // 2)]
+
+
+def test_center_crop_changes_wide_pictures_and_not_square_ones(bench: Bench) -> None:
+    def weights(center_crop: bool, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        name = f"{center_crop}-{size[0]}"
+        trained, _ = watched(bench, complete_spec(center_crop=center_crop), name, size=size)
+        return trained.weights()
+
+    assert not same_bits(weights(True, (40, 16)), weights(False, (40, 16)))
+    assert same_bits(weights(True, (16, 16)), weights(False, (16, 16)))
+
+
+def test_num_train_epochs_counts_passes_over_the_longer_list(bench: Bench) -> None:
+    values = {"num_train_epochs": 2, "max_train_steps": 0, "train_batch_size": 2}
+    with_prior, _ = watched(bench, complete_spec(**values), "with", instances=3, classes=7)
+    without, _ = watched(
+        bench, complete_spec(with_prior_preservation=False, **values), "without", instances=3, classes=7
+    )
+    assert (with_prior.outcome.step, without.outcome.step) == (8, 4)
+
+
+def test_max_train_steps_counts_updates_and_wins_over_epochs(bench: Bench) -> None:
+    spec = complete_spec(max_train_steps=5, num_train_epochs=1, gradient_accumulation_steps=2)
+    trained, spy = watched(bench, spec, instances=4, classes=4)
+    assert trained.outcome.step == len(trained.learning_rates) == 5
+    assert len(spy.samples) == 10
+
+
+def test_train_batch_size_is_the_instance_half_of_what_the_unet_sees(bench: Bench) -> None:
+    values = {"train_batch_size": 3, "max_train_steps": 1}
+    _, with_prior = watched(bench, complete_spec(**values), "with")
+    _, without = watched(bench, complete_spec(with_prior_preservation=False, **values), "without")
+    assert (with_prior.samples[0][0], without.samples[0][0]) == (6, 3)
+
+
+def test_gradient_accumulation_steps_make_the_update_of_one_large_batch(bench: Bench) -> None:
+    # A tenth of the usual rate, and plain steps of Adam's epsilon size: differences of rounding stay small.
+    values = {"max_train_steps": 1, "pad_tokens": True, "adam_epsilon": 1e-3, "learning_rate": 1e-4}
+    weights = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        spec = complete_spec(train_batch_size=batch, gradient_accumulation_steps=accumulation, **values)
+        trained, spy = watched(bench, spec, f"{batch}x{accumulation}", instances=4, classes=4)
+        assert len(spy.samples) == accumulation
+        weights.append(trained.weights())
+    assert largest_difference(weights[0], weights[1]) < 1e-5
+    assert largest_difference(weights[0], weights[2]) < 1e-5
+    assert largest_difference(weights[0], base_weights(bench.model_folder)) > 5e-5
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_weights(bench: Bench) -> None:
+    passes: dict[str, int] = {}
+    weights = {}
+    for name, flag in (("plain", False), ("recomputed", True)):
+        calls: list[int] = []
+        text_calls: list[int] = []
+        with (
+            spying(modeling_clip.CLIPMLP, "forward", lambda *a, seen=text_calls, **k: seen.append(1)),
+            spying(AttnProcessor2_0, "__call__", lambda *a, seen=calls, **k: seen.append(1)),
+        ):
+            trained = bench.train(complete_spec(max_train_steps=1, gradient_checkpointing=flag), name=name)
+        passes[name], passes[f"{name} text"] = len(calls), len(text_calls)
+        weights[name] = trained.weights()
+    of_the_vae = 2  # one an encoded picture; it is not trained, so nothing there is recomputed
+    assert passes["recomputed"] - of_the_vae == 2 * (passes["plain"] - of_the_vae)
+    assert passes["recomputed text"] == 2 * passes["plain text"]
+    assert largest_difference(weights["plain"], weights["recomputed"]) < 1e-6
+
+
+def test_mixed_precision_sets_the_type_of_activations(bench: Bench) -> None:
+    types: dict[int, torch.dtype] = {}
+    losses = {}
+    for precision in (pb.MIXED_PRECISION_UNSPECIFIED, pb.MIXED_PRECISION_NO, pb.MIXED_PRECISION_BF16):
+
+        def note(block: Any, *a: Any, hidden_states: torch.Tensor, key: int = precision, **k: Any) -> None:
+            types[key] = block.resnets[0].conv1(hidden_states).dtype
+
+        with spying(CrossAttnDownBlock2D, "forward", note):
+            trained = bench.train(
+                complete_spec(mixed_precision=precision, max_train_steps=2), name=str(precision)
+            )
+        losses[precision] = trained.losses
+        assert all(tensor.dtype is torch.float32 for tensor in trained.weights().values())
+    assert types[pb.MIXED_PRECISION_UNSPECIFIED] is torch.float32, "AUTO on a CPU"
+    assert types[pb.MIXED_PRECISION_NO] is torch.float32
+    assert types[pb.MIXED_PRECISION_BF16] is torch.bfloat16
+    assert losses[pb.MIXED_PRECISION_BF16] == pytest.approx(losses[pb.MIXED_PRECISION_NO], rel=0.03)
+    assert losses[pb.MIXED_PRECISION_BF16] != losses[pb.MIXED_PRECISION_NO]
+
+
+def test_disable_fused_attention_swaps_the_kernels(bench: Bench) -> None:
+    called: list[str] = []
+    runs = {}
+    for flag in (False, True):
+        called.clear()
+        with (
+            spying(AttnProcessor, "__call__", lambda *a, **k: called.append("plain")),
+            spying(AttnProcessor2_0, "__call__", lambda *a, **k: called.append("fused")),
+        ):
+            runs[flag] = bench.train(
+                complete_spec(disable_fused_attention=flag, max_train_steps=1), name=str(flag)
+            )
+        # The VAE's single attention stays fused: its picture is encoded once.
+        assert called.count("plain" if flag else "fused") >= 4
+        assert called.count("fused" if flag else "plain") <= 2
+    assert runs[True].losses == pytest.approx(runs[False].losses, abs=1e-4)
+    assert "sdpa" in runs[False].outcome.execution_summary
+    assert "plain attention" in runs[True].outcome.execution_summary
+
+
+def moved(trained: Trained, bench: Bench, component: str) -> float:
+    """The largest change of any weight of one component."""
+    base, weights = base_weights(bench.model_folder), trained.weights()
+    names = [name for name in weights if name.startswith(component)]
+    return max(float((weights[name] - base[name]).abs().max()) for name in names)
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-5])
+def test_learning_rate_is_the_size_of_the_first_update(learning_rate: float, bench: Bench) -> None:
+    spec = complete_spec(learning_rate=learning_rate, adam_weight_decay=0.0, max_train_steps=1)
+    trained = bench.train(spec)
+    assert trained.learning_rates == [learning_rate]
+    assert moved(trained, bench, "unet") == pytest.approx(learning_rate, rel=0.05)
+
+
+def test_text_encoder_learning_rate_applies_to_the_text_encoder_alone(bench: Bench) -> None:
+    spec = complete_spec(text_encoder_learning_rate=1e-4, adam_weight_decay=0.0, max_train_steps=1)
+    trained = bench.train(spec)
+    assert moved(trained, bench, "unet") == pytest.approx(1e-3, rel=0.05)
+    assert moved(trained, bench, "text_encoder") == pytest.approx(1e-4, rel=0.05)
+
+
+def test_scale_learning_rate_multiplies_by_batch_and_accumulation(bench: Bench) -> None:
+    values = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-5}
+    for flag, factor in ((False, 1), (True, 8)):
+        trained, _ = watched(bench, complete_spec(scale_learning_rate=flag, **values), str(flag), instances=8)
+        assert trained.learning_rates == pytest.approx([factor * 1e-5] * 3, rel=1e-12)
+
+
+CURVES = {
+    "CONSTANT": [1.0, 1.0, 1.0, 1.0],
+    "CONSTANT_WITH_WARMUP": [0.0, 1.0, 1.0, 1.0],
+    "LINEAR": [0.0, 1.0, 2 / 3, 1 / 3],
+    "COSINE": [0.0, 1.0, 0.75, 0.25],
+    "COSINE_WITH_RESTARTS": [0.0, 1.0, 0.25, 0.75],
+    "POLYNOMIAL": [0.0, 1.0, (2 * 1e-3 + 1e-7) / 3e-3, (1e-3 + 2e-7) / 3e-3],
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_lr_scheduler_gives_each_name_its_curve(name: str, bench: Bench) -> None:
+    schedule = pb.LearningRateSchedule.Value(f"LEARNING_RATE_SCHEDULE_{name}")
+    spec = complete_spec(lr_scheduler=schedule, lr_warmup_steps=1, lr_num_cycles=2, max_train_steps=4)
+    trained = bench.train(spec)
+    assert trained.learning_rates == pytest.approx([1e-3 * factor for factor in CURVES[name]], abs=1e-12)
+
+
+def test_lr_warmup_steps_count_updates(bench: Bench) -> None:
+    spec = complete_spec(
+        lr_scheduler=pb.LEARNING_RATE_SCHEDULE_CONSTANT_WITH_WARMUP,
+        lr_warmup_steps=4,
+        gradient_accumulation_steps=2,
+        max_train_steps=6,
+    )
+    assert bench.train(spec).learning_rates == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3], abs=1e-12)
+
+
+def test_lr_decay_steps_end_the_curve(bench: Bench) -> None:
+    spec = complete_spec(lr_scheduler=pb.LEARNING_RATE_SCHEDULE_LINEAR, lr_decay_steps=2, max_train_steps=4)
+    assert bench.train(spec).learning_rates == pytest.approx([1e-3, 5e-4, 0, 0], abs=1e-12)
+
+
+def test_lr_num_cycles_restarts_the_cosine(bench: Bench) -> None:
+    schedule = pb.LEARNING_RATE_SCHEDULE_COSINE_WITH_RESTARTS
+    spec = complete_spec(lr_scheduler=schedule, lr_num_cycles=2, max_train_steps=4)
+    assert bench.train(spec).learning_rates == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits"),
+    [
+        (pb.OPTIMIZER_PRECISION_UNSPECIFIED, 32),
+        (pb.OPTIMIZER_PRECISION_THIRTY_TWO_BIT, 32),
+        (pb.OPTIMIZER_PRECISION_EIGHT_BIT, 8),
+    ],
+    ids=["auto on a CPU", "32", "8"],
+)
+def test_optimizer_precision_is_obeyed(precision: int, bits: int, bench: Bench) -> None:
+    built: list[bool] = []
+    with spying(dreambooth, "build_adamw", lambda *a, eight_bit, **k: built.append(eight_bit)):
+        trained = bench.train(complete_spec(optimizer_precision=precision, max_train_steps=2))
+    assert built == [bits == 8]
+    assert f"AdamW {bits}-bit" in trained.outcome.execution_summary
+
+
+def test_eight_bit_moments_learn_like_32_bit_ones(bench: Bench) -> None:
+    runs = [
+        bench.train(complete_spec(optimizer_precision=precision, max_train_steps=6), name=str(precision))
+        for precision in (pb.OPTIMIZER_PRECISION_THIRTY_TWO_BIT, pb.OPTIMIZER_PRECISION_EIGHT_BIT)
+    ]
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=0.02)
+    assert not same_bits(runs[0].weights(), runs[1].weights())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"adam_beta1": 0.5}, {"adam_beta2": 0.9}, {"adam_weight_decay": 0.5}],
+    ids=lambda c: next(iter(c)),
+)
+def test_each_adam_parameter_changes_the_second_update(change: dict[str, float], bench: Bench) -> None:
+    spec = complete_spec(max_train_steps=2)
+    assert not same_bits(
+        bench.train(spec, name="usual").weights(),
+        bench.train(complete_spec(max_train_steps=2, **change), name="changed").weights(),
+    )
+    (field,) = change
+    expected = {"betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 1e-2}
+    if field.startswith("adam_beta"):
+        expected["betas"] = (change.get("adam_beta1", 0.9), change.get("adam_beta2", 0.999))
+    else:
+        expected["weight_decay"] = 0.5
+    built: list[dict[str, Any]] = []
+    with spying(dreambooth, "build_adamw", lambda groups, **named: built.append(named)):
+        bench.train(complete_spec(max_train_steps=1, **change), name="spied")
+    assert {name: built[0][name] for name in expected} == expected
+
+
+def test_adam_epsilon_of_one_all_but_stops_learning_and_is_warned_about(bench: Bench) -> None:
+    values = {"adam_weight_decay": 0.0, "max_train_steps": 1}
+    usual = bench.train(complete_spec(**values), name="usual")
+    huge = bench.train(complete_spec(adam_epsilon=1.0, **values), name="huge")
+    assert moved(huge, bench, "unet") < moved(usual, bench, "unet") / 2
+    assert usual.outcome.warnings == ()
+    assert "adam_epsilon 1 is so large" in huge.outcome.warnings[0]
+
+
+def test_max_grad_norm_limits_the_joint_norm(bench: Bench) -> None:
+    clipped: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *a: Any, **k: Any) -> None:
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        clipped.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+
+    norms = {}
+    for limit in (0.0, 1e-3, 1e6):
+        clipped.clear()
+        with spying(torch.optim.AdamW, "step", note):
+            trained = bench.train(complete_spec(max_grad_norm=limit, max_train_steps=1), name=str(limit))
+        norms[limit] = clipped[0]
+    before = trained.recorder.updates[0].gradient_norm
+    assert before > 0.1
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
+    assert norms[0.0] == pytest.approx(before, rel=1e-5)
+    assert norms[1e6] == pytest.approx(before, rel=1e-5)
+
+
+def test_with_prior_preservation_reads_class_pictures(bench: Bench) -> None:
+    concept = make_concept(bench.folder / "data")
+    for picture in concept.class_pictures:
+        picture.path.unlink()
+    without = bench.train(complete_spec(with_prior_preservation=False), (concept,), "without")
+    assert without.outcome.step == 3
+    with pytest.raises(FileNotFoundError):
+        bench.train(complete_spec(), (concept,), "with")
+
+
+def test_prior_loss_weight_scales_the_class_term(bench: Bench) -> None:
+    losses = [
+        bench.train(complete_spec(prior_loss_weight=weight, max_train_steps=1), name=str(weight)).losses[0]
+        for weight in (0.5, 1.0, 1.5)
+    ]
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], abs=1e-6)
+    assert losses[1] - losses[0] > 0.1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_prior_loss_weight_zero_is_bitwise_no_prior_preservation(padded: bool, bench: Bench) -> None:
+    zero = bench.train(complete_spec(prior_loss_weight=0.0, pad_tokens=padded), name="zero")
+    off = bench.train(complete_spec(with_prior_preservation=False, pad_tokens=padded), name="off")
+    assert same_bits(zero.weights(), off.weights())
+
+
+def test_train_unet_false_leaves_the_unet(bench: Bench) -> None:
+    trained = bench.train(complete_spec(train_unet=False))
+    assert {name.split(".")[0] for name in trained.weights()} == {"text_encoder"}
+    assert moved(trained, bench, "text_encoder") > 1e-4
+
+
+def test_train_text_encoder_false_leaves_the_text_encoder(bench: Bench) -> None:
+    frozen: list[bool] = []
+
+    def note(encoder: CLIPTextModel, *a: Any, **k: Any) -> None:
+        frozen.append(not any(parameter.requires_grad for parameter in encoder.parameters()))
+
+    with spying(CLIPTextModel, "forward", note):
+        trained = bench.train(complete_spec(train_text_encoder=False))
+    assert {name.split(".")[0] for name in trained.weights()} == {"unet"}
+    # One pass a prompt, then the kept vectors.
+    assert frozen == [True, True]
+
+
+def test_training_neither_model_is_refused(bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match="train_unet: must be set"):
+        bench.train(complete_spec(train_unet=False, train_text_encoder=False))
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+def test_pad_tokens_sets_the_length_the_unet_attends_to(trains: bool, bench: Bench) -> None:
+    values = {"max_train_steps": 1, "train_text_encoder": trains}
+    short, seen_short = watched(bench, complete_spec(**values), "short")
+    padded, seen_padded = watched(bench, complete_spec(pad_tokens=True, **values), "padded")
+    # "a photo of a dog on the beach" is the longer prompt: eight words, a start and an end.
+    assert seen_short.text == [(2, 10, 32)]
+    assert seen_padded.text == [(2, 77, 32)]
+    assert not same_bits(short.weights(), padded.weights())
+
+
+@pytest.mark.parametrize(("full", "expected"), [(True, torch.float32), (False, torch.float16)])
+def test_save_full_precision_sets_the_type_of_the_published_weights(
+    full: bool, expected: torch.dtype, bench: Bench
+) -> None:
+    trained = bench.train(complete_spec(save_full_precision=full, max_train_steps=1))
+    assert {tensor.dtype for tensor in trained.weights().values()} == {expected}
+
+
+def test_weights_too_large_for_16_bits_are_published_in_32_with_a_warning(bench: Bench) -> None:
+    original = optim.set_learning_rates
+
+    def enlarge(optimizer: torch.optim.Optimizer, *a: Any) -> None:
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].view(-1)[0] = 1e6
+
+    with spying(dreambooth, "set_learning_rates", enlarge):
+        trained = bench.train(complete_spec(save_full_precision=False, max_train_steps=1, learning_rate=1e-9))
+    assert optim.set_learning_rates is original
+    assert {tensor.dtype for tensor in trained.weights().values()} == {torch.float32}
+    assert trained.outcome.warnings == ("published in 32 bits: some weights are too large for 16",)
+
+
+def test_samples_and_other_peoples_fields_change_no_weight(bench: Bench) -> None:
+    plain = bench.train(complete_spec(), name="plain")
+    spec = complete_spec(
+        sample_batch_size=4, model_name="mine", test_negative_prompt="ugly", min_usable_images=2
+    )
+    spec.samples.add(prompt="a sks dog in the snow")
+    assert same_bits(plain.weights(), bench.train(spec, name="with").weights())
+
+
+def test_the_exported_text_encoder_has_prefixed_names(bench: Bench) -> None:
+    trained = bench.train(complete_spec(max_train_steps=1))
+    names = load_file(trained.run.export_folder / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    assert trained.outcome.files[-1] == Path(dreambooth.REPORT)
+
+
+def test_a_prompt_that_does_not_fit_is_reported_with_the_lost_words(bench: Bench) -> None:
+    concept = make_concept(bench.folder / "data", instance_prompt="dog " * 80 + "in snow")
+    trained = bench.train(complete_spec(max_train_steps=1), (concept,))
+    assert "in snow" in trained.outcome.warnings[0]
+    assert "too long" in trained.outcome.warnings[0]
+
+
+def test_equal_instance_and_class_prompts_are_warned_about(bench: Bench) -> None:
+    concept = make_concept(bench.folder / "data", instance_prompt="a dog", class_prompt="a dog")
+    trained = bench.train(complete_spec(max_train_steps=1), (concept,))
+    assert "prompt are equal" in trained.outcome.warnings[0]
+
+
+def test_the_fixture_trains_at_the_size_the_tests_assume() -> None:
+    assert complete_spec().resolution == RESOLUTION

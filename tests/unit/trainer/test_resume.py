@@ -1,0 +1,353 @@
+"""An interrupted run ends with the bits of an undisturbed one; a run that stops being finite is contained."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from likeness.training.v1 import training_job_pb2 as pb
+
+from services.trainer import checkpoint as checkpoints
+from services.trainer.checkpoint import CheckpointMismatch
+from services.trainer.data import Concept
+from services.trainer.losses import per_sample_mse
+from services.trainer.recipes import dreambooth
+from services.trainer.run import Ending, Request
+from tests.unit.trainer.harness import (
+    Bench,
+    Recorder,
+    Tensors,
+    Trained,
+    base_weights,
+    complete_spec,
+    make_concept,
+    same_bits,
+)
+
+EIGHT, THIRTY_TWO = pb.OPTIMIZER_PRECISION_EIGHT_BIT, pb.OPTIMIZER_PRECISION_THIRTY_TWO_BIT
+BOTH = pytest.mark.parametrize("precision", [THIRTY_TWO, EIGHT], ids=["32-bit", "8-bit"])
+SLOW_PROGRAM = """
+import sys, time
+from pathlib import Path
+import torch
+from tests.unit.trainer import test_resume
+from tests.unit.trainer.harness import Bench, Recorder
+
+class Slow(Recorder):
+    def progress(self, progress):
+        super().progress(progress)
+        print(progress.step, flush=True)
+        time.sleep(0.05)
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+bench = Bench(Path(sys.argv[1]), Path(sys.argv[2]))
+spec = test_resume.demanding_spec(optimizer_precision=int(sys.argv[3]), max_train_steps=40)
+data = (test_resume.demanding_concept(bench.folder),)
+bench.train(spec, data, recorder=Slow(), checkpoint_interval_s=0.0)
+"""
+
+
+def demanding_spec(**changes: Any) -> pb.TrainingSpec:
+    """Random crops, prior preservation, accumulation, a decaying schedule: whatever could lose its place."""
+    values: dict[str, Any] = {
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": pb.LEARNING_RATE_SCHEDULE_COSINE,
+        "lr_warmup_steps": 2,
+        "max_train_steps": 10,
+    }
+    return complete_spec(**(values | changes))
+
+
+def demanding_concept(folder: Path) -> Concept:
+    """Ten updates take five epochs of this; updates 4 and 10 lie on an epoch's border, update 5 within one."""
+    return make_concept(folder / "data", instances=3, classes=7, size=(40, 16))
+
+
+def state_bits(run_folder: Path) -> Tensors:
+    """Weights and moments of the newest checkpoint."""
+    newest = checkpoints.read_newest(run_folder / "checkpoints")
+    assert newest is not None
+    return {**newest.weights, **newest.optimizer}
+
+
+def yielded(bench: Bench, spec: pb.TrainingSpec, at: int, **changes: Any) -> Trained:
+    """Trains up to an update of this attempt and gives the rest back."""
+    data = (demanding_concept(bench.folder),)
+    trained = bench.train(spec, data, recorder=Recorder(ask={at: Request.YIELD}), **changes)
+    assert trained.outcome.ending is Ending.YIELDED
+    return trained
+
+
+@BOTH
+@pytest.mark.parametrize("at", [4, 5], ids=["epoch's border", "mid-epoch"])
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(precision: int, at: int, bench: Bench) -> None:
+    spec, data = demanding_spec(optimizer_precision=precision), (demanding_concept(bench.folder),)
+    whole = bench.train(spec, data, "whole", Recorder(ask={9: Request.CHECKPOINT}))
+    first = yielded(bench, spec, at)
+    second = bench.train(spec, data, recorder=Recorder(ask={9 - at: Request.CHECKPOINT}))
+    assert first.outcome.step == at
+    assert same_bits(whole.weights(), second.weights())
+    assert same_bits(state_bits(whole.run.workdir), state_bits(second.run.workdir))
+    assert whole.learning_rates == first.learning_rates + second.learning_rates
+    assert whole.losses == first.losses + second.losses
+    assert whole.outcome.final_loss == second.outcome.final_loss
+
+
+def test_resuming_a_resumed_run_equals_an_undisturbed_one(bench: Bench) -> None:
+    spec, data = demanding_spec(), (demanding_concept(bench.folder),)
+    whole = bench.train(spec, data, "whole")
+    yielded(bench, spec, 3)
+    second = yielded(bench, spec, 2)
+    assert second.outcome.step == 5
+    last = bench.train(spec, data)
+    assert len(last.losses) == 5
+    assert same_bits(whole.weights(), last.weights())
+
+
+def test_a_run_resumes_from_a_folder_it_is_given(bench: Bench) -> None:
+    spec, data = demanding_spec(), (demanding_concept(bench.folder),)
+    whole = bench.train(spec, data, "whole")
+    folder = yielded(bench, spec, 4).outcome.checkpoint
+    elsewhere = bench.train(spec, data, "elsewhere", resume_from=folder)
+    assert len(elsewhere.losses) == 6
+    assert same_bits(whole.weights(), elsewhere.weights())
+
+
+def test_checkpoints_and_watching_change_no_weight(bench: Bench) -> None:
+    data = (demanding_concept(bench.folder),)
+    plain = bench.train(demanding_spec(), data, "plain")
+    often = bench.train(demanding_spec(), data, "often", checkpoint_interval_s=0.0)
+    assert len(often.recorder.saved) >= 1
+    assert same_bits(plain.weights(), often.weights())
+
+
+def wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip().isdigit() and int(line) >= step:
+            return
+    raise AssertionError("the training ended before it was killed")
+
+
+@pytest.mark.parametrize(
+    ("precision", "kills"), [(THIRTY_TWO, (9, 25)), (EIGHT, (9,))], ids=["32-bit, twice", "8-bit, once"]
+)
+def test_a_killed_training_process_ends_with_the_bits_of_an_undisturbed_one(
+    precision: int, kills: tuple[int, ...], bench: Bench
+) -> None:
+    spec = demanding_spec(optimizer_precision=precision, max_train_steps=40)
+    data = (demanding_concept(bench.folder),)
+    for step in kills:
+        command = [sys.executable, "-c", SLOW_PROGRAM, str(bench.model_folder), str(bench.folder)]
+        with subprocess.Popen(
+            [*command, str(precision)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])},
+        ) as process:
+            wait_for_step(process, step)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+    resumed = bench.train(spec, data)
+    assert 0 < len(resumed.losses) < 35, "it went on from a checkpoint"
+    undisturbed = bench.train(spec, data, "undisturbed")
+    assert same_bits(undisturbed.weights(), resumed.weights())
+
+
+def spec_change(
+    **changes: Any,
+) -> Callable[[Bench], tuple[pb.TrainingSpec, tuple[Concept, ...], dict[str, Any]]]:
+    def change(bench: Bench) -> tuple[pb.TrainingSpec, tuple[Concept, ...], dict[str, Any]]:
+        return demanding_spec(**changes), (demanding_concept(bench.folder),), {}
+
+    return change
+
+
+def other_data(bench: Bench) -> tuple[pb.TrainingSpec, tuple[Concept, ...], dict[str, Any]]:
+    concept = make_concept(bench.folder / "other", instances=3, classes=6, size=(40, 16))
+    return demanding_spec(), (concept,), {}
+
+
+def other_model(bench: Bench) -> tuple[pb.TrainingSpec, tuple[Concept, ...], dict[str, Any]]:
+    return demanding_spec(), (demanding_concept(bench.folder),), {"model_digest": "another"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (spec_change(seed=8), "seed"),
+        (spec_change(learning_rate=2e-3), "learningRate"),
+        (spec_change(optimizer_precision=EIGHT), "execution"),
+        (other_data, "data"),
+        (other_model, "model"),
+    ],
+    ids=["seed", "learning rate", "optimizer", "data", "model"],
+)
+def test_a_checkpoint_of_another_run_is_refused(change: Any, named: str, bench: Bench) -> None:
+    yielded(bench, demanding_spec(), 2)
+    spec, data, changes = change(bench)
+    with pytest.raises(CheckpointMismatch, match=named):
+        bench.train(spec, data, **changes)
+
+
+def test_more_steps_may_be_asked_for_and_the_decay_keeps_its_length(bench: Bench) -> None:
+    whole = bench.train(demanding_spec(), (demanding_concept(bench.folder),), "whole")
+    yielded(bench, demanding_spec(), 4)
+    longer = bench.train(demanding_spec(max_train_steps=12), (demanding_concept(bench.folder),))
+    assert longer.learning_rates[:6] == whole.learning_rates[4:]
+    assert longer.learning_rates[6:] == [0.0, 0.0]
+
+
+def test_stop_ends_at_once_and_delivers_nothing(bench: Bench) -> None:
+    trained = bench.train(complete_spec(max_train_steps=50), recorder=Recorder(ask={2: Request.STOP}))
+    assert trained.outcome.ending is Ending.STOPPED
+    assert trained.outcome.files == ()
+    assert len(trained.losses) == 2
+
+
+def test_checkpoints_never_take_more_than_their_share_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    pace = dreambooth._Pace(10.0)
+
+    def due_at(seconds: float) -> bool:
+        clock[0] = seconds
+        return pace.checkpoint_is_due
+
+    assert (due_at(9.9), due_at(10.0)) == (False, True)
+    with pace.checkpoint():
+        clock[0] += 1.0
+    # One second of writing needs fifty of training.
+    assert (due_at(11.0 + 49.9), due_at(11.0 + 50.0)) == (False, True)
+
+
+class Poison:
+    """Makes the errors of some updates NaN, as a picture or a kernel gone wrong would."""
+
+    def __init__(self, *updates: int) -> None:
+        self.calls = 0
+        self._updates = updates
+
+    def __call__(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        errors = per_sample_mse(prediction, target)
+        poisoned = self.calls in self._updates
+        self.calls += 1
+        return errors * torch.nan if poisoned else errors
+
+
+def test_a_single_update_that_is_not_finite_is_left_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(2))
+    poisoned = bench.train(complete_spec(max_train_steps=5), name="poisoned")
+    monkeypatch.undo()
+    # The same run whose third update computes everything and then does not touch the weights.
+    real, calls = torch.optim.AdamW.step, []
+
+    def step_but_for_the_third(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        calls.append(1)
+        return None if len(calls) == 3 else real(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_but_for_the_third)
+    without = bench.train(complete_spec(max_train_steps=5), name="without")
+    assert poisoned.outcome.ending is Ending.TRAINED
+    assert poisoned.report()["skipped_updates"] == 1
+    assert same_bits(poisoned.weights(), without.weights())
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.message == "update left out: it is not finite"
+    assert record.__dict__["update"] == 2
+
+
+def test_three_updates_in_a_row_end_the_run_with_the_last_good_checkpoint(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = bench.train(complete_spec(max_train_steps=4), name="good")
+    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(6, 7, 8))
+    recorder = Recorder(ask={4: Request.CHECKPOINT})
+    diverged = bench.train(complete_spec(max_train_steps=50), name="diverged", recorder=recorder)
+    assert diverged.outcome.ending is Ending.DIVERGED
+    assert diverged.outcome.step == 4
+    assert same_bits(good.weights(), diverged.weights())
+    assert "diverged" in diverged.outcome.warnings[-1]
+    assert diverged.report()["ending"] == "diverged"
+
+
+def test_a_run_that_is_never_finite_delivers_the_base_weights(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(*range(100)))
+    diverged = bench.train(complete_spec(max_train_steps=50))
+    assert diverged.outcome.ending is Ending.DIVERGED
+    assert len(diverged.losses) == 2
+    assert same_bits(diverged.weights(), base_weights(bench.model_folder))
+
+
+def test_more_than_one_percent_of_the_last_200_is_divergence_too() -> None:
+    counters = dreambooth._Counters(decay_steps=1)
+    for update in range(400):
+        counters.note(1.0, finite=update not in (150, 250, 349), samples=1)
+        assert counters.diverged == (349 <= update < 350)
+
+
+def test_weights_that_are_not_finite_are_never_checkpointed_or_published(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.optim.AdamW.step
+
+    def spoil(self: torch.optim.AdamW, *arguments: Any) -> None:
+        real(self, *arguments)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    trained = bench.train(complete_spec(max_train_steps=1), checkpoint_interval_s=0.0)
+    assert trained.outcome.ending is Ending.DIVERGED
+    assert trained.outcome.files == ()
+    assert trained.recorder.saved == []
+
+
+def test_float16_overflows_repeat_the_update_with_a_smaller_scale(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poison(1)
+    monkeypatch.setattr(dreambooth, "per_sample_mse", poison)
+    recorder = Recorder(ask={3: Request.CHECKPOINT})
+    spec = complete_spec(mixed_precision=pb.MIXED_PRECISION_FP16, max_train_steps=4)
+    trained = bench.train(spec, recorder=recorder)
+    assert trained.outcome.ending is Ending.TRAINED
+    assert poison.calls == 5
+    assert trained.report()["skipped_updates"] == 0
+    stored = checkpoints.read_newest(trained.run.checkpoint_folder)
+    assert stored is not None
+    assert stored.state["scaler"]["scale"] == 2.0**15
+
+
+def test_float16_that_never_fits_diverges(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(*range(100)))
+    spec = complete_spec(mixed_precision=pb.MIXED_PRECISION_FP16, max_train_steps=4)
+    assert bench.train(spec).outcome.ending is Ending.DIVERGED
+
+
+def test_float16_runs_resume_with_their_scale(bench: Bench) -> None:
+    spec = demanding_spec(mixed_precision=pb.MIXED_PRECISION_FP16, max_train_steps=4)
+    data = (demanding_concept(bench.folder),)
+    whole = bench.train(spec, data, "whole")
+    yielded(bench, spec, 2)
+    assert same_bits(whole.weights(), bench.train(spec, data).weights())
+
+
+def test_the_run_describes_itself(bench: Bench) -> None:
+    run = bench.run(complete_spec())
+    assert run.checkpoint_folder.parent == run.export_folder.parent == run.workdir
+    assert replace(run, model_digest="x").model_digest == "x"
