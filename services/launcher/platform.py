@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,17 +46,24 @@ class Platform:
     """Starts the launcher, waits until everything is ready, and stops it. A context manager."""
 
     def __init__(
-        self, home: Path, environ: Mapping[str, str] | None = None, *, free_ports: bool = True
+        self,
+        home: Path,
+        environ: Mapping[str, str] | None = None,
+        *,
+        free_ports: bool = True,
+        command: Sequence[str] = (sys.executable, "-m", "services.launcher"),
     ) -> None:
         """Prepares a platform; nothing runs before :meth:`start`.
 
         Args:
             home: its data folder; what an earlier run left there is used again.
             environ: `LIKENESS_` variables that differ from the defaults.
+            command: what starts the launcher.
             free_ports: listen on free ports, the same ones at each start, instead of the default ones.
         """
         self.home = home
         self.settings = (free_addresses() if free_ports else {}) | dict(environ or {})
+        self._command = command
         self._launcher: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -106,7 +113,7 @@ class Platform:
         try:
             with (self.home / "launcher.log").open("ab") as log:
                 self._launcher = subprocess.Popen(
-                    [sys.executable, "-m", "services.launcher"],
+                    self._command,
                     env=self._environ(writing),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
