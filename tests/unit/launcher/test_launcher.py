@@ -60,6 +60,10 @@ def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def test_it_welcomes_once_all_is_ready_and_leaves_nothing_behind(platform: Platform) -> None:
     platform.start()
     pids = platform.pids()
@@ -67,7 +71,7 @@ def test_it_welcomes_once_all_is_ready_and_leaves_nothing_behind(platform: Platf
     until(lambda: f"Likeness serves at {platform.url}" in platform.output)
     assert "Bearer secret" in platform.output
     assert platform.stop() == 0
-    assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+    assert not [pid for pid in pids.values() if alive(pid)]
     assert platform.pids() == {}
 
 
@@ -86,7 +90,7 @@ def test_a_key_is_for_its_owner_only(platform: Platform) -> None:
 def test_a_killed_program_comes_back(platform: Platform) -> None:
     platform.start()
     old = platform.kill("gateway")
-    assert psutil.pid_exists(platform.wait_for_restart("gateway", old))
+    assert alive(platform.wait_for_restart("gateway", old))
     assert platform.running
 
 
@@ -94,7 +98,7 @@ def test_nothing_outlives_a_killed_launcher(platform: Platform) -> None:
     platform.start()
     pids = platform.pids()
     platform.kill_launcher()
-    until(lambda: not [pid for pid in pids.values() if psutil.pid_exists(pid)])
+    until(lambda: not [pid for pid in pids.values() if alive(pid)])
     platform.start()
     assert set(platform.pids().values()).isdisjoint(pids.values())
 
@@ -108,7 +112,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     until(lambda: "once more" in platform.output)
     os.kill(platform.pid, signal.SIGINT)
     until(lambda: not platform.running)
-    assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+    assert not [pid for pid in pids.values() if alive(pid)]
 
 
 def test_two_launchers_do_not_share_a_folder(platform: Platform, tmp_path: Path) -> None:
