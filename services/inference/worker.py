@@ -1,0 +1,300 @@
+"""The inference worker's parent process: jobs in, models down, pictures up, reports out. Without torch.
+
+The pictures are drawn by a child (:mod:`services.inference.child`). This side holds the connections: to the api that
+gives the jobs, and to storage. Several jobs are in hand at a time, so that one is drawn while another is fetched or
+stored; the child lets them take turns.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from google.protobuf.json_format import MessageToDict
+from likeness.inference.v1 import generation_job_pb2 as pb
+from likeness.job.v1.job_pb2 import JobStage, Progress
+from likeness.storage.v1.model_pb2 import ModelComponent, ModelFormat
+
+from services.adapters.blob_cache import BlobCache, FetchedModel
+from services.adapters.child_process import ChildDied
+from services.adapters.storage_client import StorageClient
+from services.adapters.telemetry import bound, continued_trace
+from services.domain.artifacts import digest_of_key
+from services.domain.errors import BadInput, Internal, InvalidSpec, StaleEpoch, row_of
+from services.domain.job import JobFailure, Stage
+from services.inference.device_process import DeviceProcess, Event
+from services.jobs.worker_client import JobHandle, WorkerClient
+
+logger = logging.getLogger(__name__)
+
+LEAVING: Final = "the worker leaves"
+MIN_JOBS: Final = 2
+"""One is drawn while the other is fetched or stored."""
+
+
+class DrawingFailed(Exception):
+    """The child gave a request up.
+
+    Attributes:
+        failure: what the job's owner is told.
+        retryable: another attempt may succeed.
+    """
+
+    def __init__(self, failure: JobFailure, retryable: bool) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+        self.retryable = retryable
+
+
+class ModelShelf:
+    """Models on this machine's disk: there as long as a job or the child needs their files."""
+
+    def __init__(self, storage: StorageClient, cache: BlobCache, device: DeviceProcess) -> None:
+        self._storage = storage
+        self._cache = cache
+        self._device = device
+        self._models: dict[str, FetchedModel] = {}
+        self._users: Counter[str] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def borrowed(self, project: str, model: str) -> AsyncIterator[FetchedModel]:
+        """A model's files, for as long as the context lasts.
+
+        Args:
+            project: who asks.
+            model: id, alias or manifest digest.
+
+        Raises:
+            NotFound: there is no such model for this project.
+            BadInput: it is not a diffusers folder.
+            Unavailable: storage does not answer, or the machine has no room.
+        """
+        registered = await self._storage.get_model(project, model)
+        digest = digest_of_key(registered.manifest_key)
+        self._users[digest] += 1
+        try:
+            if digest not in self._models:
+                self._models[digest] = await self._cache.fetch_model(self._storage, registered)
+            fetched = self._models[digest]
+            if fetched.manifest.format != ModelFormat.MODEL_FORMAT_DIFFUSERS:
+                raise BadInput("this model's format cannot be drawn with", "model")
+            yield fetched
+        finally:
+            self._users[digest] -= 1
+            await self._tidy()
+
+    async def _tidy(self) -> None:
+        """Gives up the files of models that neither a job nor the child uses any more."""
+        idle = [
+            digest for digest in self._models if self._users[digest] <= 0 and digest not in self._device.held
+        ]
+        for digest in idle:
+            await self._cache.release(self._models.pop(digest).folder)
+
+
+class InferenceWorker:
+    """Takes drawings until told to leave.
+
+    Args:
+        client: gives jobs and takes reports; entered by the caller.
+        storage: models and pictures.
+        cache: models on this machine.
+        device: the child; entered by the caller.
+        max_jobs: jobs in hand at a time.
+        grace_s: seconds that jobs in hand get to end when the worker leaves, before they are given back.
+    """
+
+    def __init__(
+        self,
+        client: WorkerClient,
+        storage: StorageClient,
+        cache: BlobCache,
+        device: DeviceProcess,
+        *,
+        max_jobs: int = MIN_JOBS,
+        grace_s: float = 10.0,
+    ) -> None:
+        self._client = client
+        self._storage = storage
+        self._device = device
+        self._shelf = ModelShelf(storage, cache, device)
+        self._max_jobs = max_jobs
+        self._grace_s = grace_s
+        self._jobs: set[asyncio.Task[None]] = set()
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Takes and draws jobs until `stopping` is set, then lets go of those in hand.
+
+        Raises:
+            ChildDied: the drawing process cannot be kept running.
+        """
+        leaving = asyncio.create_task(self._leave_when(stopping))
+        taking = asyncio.create_task(self._take_jobs())
+        failing = asyncio.create_task(self._device.run())
+        try:
+            await asyncio.wait({taking, failing}, return_when=asyncio.FIRST_COMPLETED)
+            self._client.leave()
+            await self._let_go()
+            if failing.done():
+                await failing
+        finally:
+            for task in (leaving, taking, failing):
+                task.cancel()
+            await asyncio.gather(leaving, taking, failing, return_exceptions=True)
+
+    async def _leave_when(self, stopping: asyncio.Event) -> None:
+        await stopping.wait()
+        self._client.leave()
+
+    async def _take_jobs(self) -> None:
+        async for handle in self._client.jobs(self._free_slots, lambda: self._device.held):
+            task = asyncio.create_task(self._serve(handle))
+            self._jobs.add(task)
+            task.add_done_callback(self._jobs.discard)
+
+    def _free_slots(self) -> int:
+        return self._max_jobs - len(self._jobs) if self._device.is_ready else 0
+
+    async def _let_go(self) -> None:
+        if not self._jobs:
+            return
+        jobs = set(self._jobs)
+        _, late = await asyncio.wait(jobs, timeout=self._grace_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def _serve(self, handle: JobHandle) -> None:
+        """One job from its taking to its last report."""
+        fields = {"job_id": handle.job_id, "attempt": handle.attempt}
+        with continued_trace(handle.assignment.traceparent), bound(**fields):
+            try:
+                result = await self._unless_stopped(handle)
+                await handle.finished(result)
+                logger.info("drawing done", extra={"device_s": round(result.device_seconds, 3)})
+            except asyncio.CancelledError:
+                with contextlib.suppress(StaleEpoch):
+                    await handle.yielded(LEAVING)
+            except StaleEpoch as error:
+                logger.info("drawing dropped", extra={"detail": str(error)})
+            except Exception as error:
+                with contextlib.suppress(StaleEpoch):
+                    await self._report_failure(handle, error)
+
+    async def _report_failure(self, handle: JobHandle, error: Exception) -> None:
+        if isinstance(error, DrawingFailed):
+            await handle.failed(error.failure, retryable=error.retryable)
+        elif isinstance(error, ChildDied):
+            failure = JobFailure(row_of(Internal).reason, "the process that drew it ended unexpectedly")
+            await handle.failed(failure, retryable=True)
+        else:
+            logger.warning("drawing failed", exc_info=error)
+            await handle.failed(error)
+
+    async def _unless_stopped(self, handle: JobHandle) -> pb.GenerationResult:
+        """Draws; raises StaleEpoch as soon as the job is not this worker's any more."""
+        drawing = asyncio.create_task(self._draw(handle))
+        stopped = asyncio.create_task(handle.stopped.wait())
+        try:
+            await asyncio.wait({drawing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not drawing.done():
+                raise StaleEpoch("the job is not this worker's any more")
+            return drawing.result()
+        finally:
+            drawing.cancel()
+            stopped.cancel()
+            await asyncio.gather(drawing, stopped, return_exceptions=True)
+
+    async def _draw(self, handle: JobHandle) -> pb.GenerationResult:
+        spec = handle.assignment.generation
+        if not spec.num_images:
+            raise InvalidSpec("must be at least 1", "num_images")
+        name = f"{handle.project_id}/{handle.job_id}/{handle.epoch}"
+        async with self._shelf.borrowed(handle.project_id, spec.model_digest or spec.model) as model:
+            with tempfile.TemporaryDirectory(prefix="drawing-") as folder:
+                try:
+                    return await self._follow(handle, name, draw_command(spec, model, folder))
+                except BaseException:
+                    await self._device.cancel(name)
+                    raise
+
+    async def _follow(self, handle: JobHandle, name: str, command: dict[str, Any]) -> pb.GenerationResult:
+        images: dict[int, pb.GeneratedImage] = {}
+        is_drawing = False
+        async with contextlib.aclosing(self._device.draw(name, command)) as events:
+            async for event in events:
+                kind = event["event"]
+                if kind == "progress":
+                    if not is_drawing:
+                        is_drawing = True
+                        await handle.stage(Stage.DRAWING, "drawing")
+                    handle.progress(progress_of(event))
+                elif kind == "drawn":
+                    images[event["number"]] = await self._stored(handle.project_id, event)
+                elif kind == "finished":
+                    return result_of(images, event)
+                elif kind == "failed":
+                    raise failure_of(event)
+        raise ChildDied("the request ended without a result")
+
+    async def _stored(self, project: str, event: Event) -> pb.GeneratedImage:
+        blob = await self._storage.upload_file(project, Path(event["path"]), event["media_type"])
+        return pb.GeneratedImage(
+            key=blob.key,
+            seed=event["seed"],
+            width_px=event["width_px"],
+            height_px=event["height_px"],
+            digest=event["digest"],
+            size_bytes=event["size_bytes"],
+            media_type=event["media_type"],
+        )
+
+
+def draw_command(spec: pb.GenerationSpec, model: FetchedModel, folder: str) -> dict[str, Any]:
+    """The child's `draw` command; a model trained on an inner layer of its text encoder is drawn with that layer."""
+    resolved = pb.GenerationSpec()
+    resolved.CopyFrom(spec)
+    resolved.clip_skip = spec.clip_skip or model.manifest.clip_skip
+    return {
+        "model": {
+            "digest": digest_of_key(model.manifest_key),
+            "folder": str(model.folder),
+            "parts": part_digests(model.manifest.components),
+        },
+        "spec": MessageToDict(resolved, preserving_proto_field_name=True),
+        "folder": folder,
+    }
+
+
+def part_digests(components: Iterable[ModelComponent]) -> dict[str, str]:
+    """One digest for each of a model's parts, over the paths and digests of its files."""
+    files: dict[str, list[str]] = {}
+    for component in sorted(components, key=lambda component: component.path):
+        part, _, rest = component.path.partition("/")
+        if rest:
+            files.setdefault(part, []).append(f"{rest} {component.digest}\n")
+    return {part: hashlib.sha256("".join(lines).encode()).hexdigest() for part, lines in files.items()}
+
+
+def progress_of(event: Event) -> Progress:
+    """The numbers of a `progress` event; the api knows the share of the whole."""
+    return Progress(
+        stage=JobStage.JOB_STAGE_DRAWING, step=int(event["done"]), total_steps=int(event["total"])
+    )
+
+
+def result_of(images: dict[int, pb.GeneratedImage], event: Event) -> pb.GenerationResult:
+    """The result of a request whose pictures are stored."""
+    ordered = [images[number] for number in sorted(images)]
+    return pb.GenerationResult(images=ordered, warnings=event["warnings"], device_seconds=event["device_s"])
+
+
+def failure_of(event: Event) -> DrawingFailed:
+    """What a `failed` event means for the job."""
+    failure = JobFailure(event["reason"], event["message"], event["field"])
+    return DrawingFailed(failure, bool(event["retryable"]))
