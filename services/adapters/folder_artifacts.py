@@ -35,7 +35,7 @@ class FolderArtifactStore:
             root: the folder, made if missing. Several processes may work in it.
         """
         self.root = root.absolute()
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.sweep()
         self._owned = OwnedFolder(self.root / STAGING)
 
@@ -116,7 +116,7 @@ class FolderArtifactStore:
             return
         staged = self._owned.new_path()
         try:
-            if source.parent == self.staging:
+            if source.is_relative_to(self.staging):
                 os.link(source, staged)
             else:
                 shutil.copyfile(source, staged)

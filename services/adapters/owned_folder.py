@@ -39,7 +39,7 @@ class OwnedFolder:
 
     def new_path(self) -> Path:
         """A path in the folder where nothing is yet."""
-        return self.path / secrets.token_hex(12)
+        return self.path / new_name()
 
     def close(self) -> None:
         """Removes the folder with all that is in it."""
@@ -47,6 +47,11 @@ class OwnedFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+
+
+def new_name() -> str:
+    """A file name that nobody else has."""
+    return secrets.token_hex(12)
 
 
 def sweep_dead(parent: Path) -> int:

@@ -79,6 +79,11 @@ def ref_key(project: str, kind: str, name: str) -> str:
     return f"{scope(project)}/refs/{kind}/{name}"
 
 
+def is_ref_name(name: str) -> bool:
+    """The text can name a reference, a model, or a file in a link."""
+    return _REF_NAME.match(name) is not None
+
+
 def ref_prefix(project: str, kind: str) -> str:
     """What the keys of all references of a kind begin with."""
     return f"{scope(project)}/refs/{kind}/"

@@ -1,0 +1,85 @@
+"""Puts the parts of storage together and serves them."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from likeness.access.v1.access_service_pb2_grpc import add_AccessServiceServicer_to_server
+from likeness.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
+
+from services.adapters.egress import Egress, EgressPolicy
+from services.adapters.folder_artifacts import FolderArtifactStore
+from services.adapters.grpc_server import GrpcServer
+from services.adapters.settings import StorageSettings
+from services.storage.access import Access, AccessServicer
+from services.storage.blobs import Blobs
+from services.storage.bootstrap import bootstrap
+from services.storage.catalogue import DEFAULT_CATALOGUE, Catalogue, CataloguePlaces, read_catalogue
+from services.storage.datasets import DatasetImporter
+from services.storage.documents import Documents, References
+from services.storage.links import FileLinks, signing_key
+from services.storage.registry import ModelRegistry
+from services.storage.retention import Retention
+from services.storage.servicer import StorageServicer
+
+STORAGE_SERVICE = "likeness.storage.v1.StorageService"
+ACCESS_SERVICE = "likeness.access.v1.AccessService"
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The running parts."""
+
+    server: GrpcServer
+    access: Access
+    catalogue: Catalogue
+    retention: Retention
+
+
+async def serve(settings: StorageSettings) -> None:
+    """Serves until SIGTERM; the catalogue's local models are imported meanwhile.
+
+    Raises:
+        InvalidSpec: the catalogue or the bootstrap key file is wrong.
+    """
+    async with running(settings) as storage:
+        work = (storage.catalogue.run(), storage.access.run(), storage.retention.run())
+        await storage.server.run_until_signalled(*work)
+        await storage.access.note_uses()
+
+
+@asynccontextmanager
+async def running(settings: StorageSettings) -> AsyncIterator[Storage]:
+    """Opens the store and listens; leaves the background work to the caller."""
+    store = FolderArtifactStore(settings.artifacts_path)
+    try:
+        documents = Documents(store)
+        access = Access(documents, _now_ms, time.monotonic)
+        if settings.bootstrap_key_file is not None:
+            await bootstrap(access, settings.bootstrap_key_file)
+        servicer, catalogue = await _made(settings, store, documents)
+        server = GrpcServer(settings.storage_addr, grace_s=settings.grace_s, ready_fd=settings.ready_fd)
+        server.add(add_StorageServiceServicer_to_server, servicer, STORAGE_SERVICE)
+        server.add(add_AccessServiceServicer_to_server, AccessServicer(access), ACCESS_SERVICE)
+        async with server:
+            yield Storage(server, access, catalogue, Retention(store))
+    finally:
+        store.close()
+
+
+async def _made(
+    settings: StorageSettings, store: FolderArtifactStore, documents: Documents
+) -> tuple[StorageServicer, Catalogue]:
+    blobs = Blobs(store, store.staging)
+    registry = ModelRegistry(blobs, documents, _now_ms, settings.base_model)
+    entries = read_catalogue(settings.models) if settings.models else DEFAULT_CATALOGUE
+    places = CataloguePlaces(settings.home, store.staging)
+    catalogue = Catalogue(entries, registry, blobs, documents, places)
+    datasets = DatasetImporter(store, Egress(EgressPolicy(allow=settings.egress_allow)), store.staging)
+    links = FileLinks(await signing_key(documents), _now_ms)
+    return StorageServicer(blobs, References(store), datasets, registry, catalogue, links), catalogue
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
