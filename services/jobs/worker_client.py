@@ -374,7 +374,9 @@ class WorkerClient:
         assert isinstance(response, pb.TakeResponse)
         return response
 
-    async def _unless_draining(self, asking: Coroutine[Any, Any, pb.TakeResponse | None]) -> pb.TakeResponse | None:
+    async def _unless_draining(
+        self, asking: Coroutine[Any, Any, pb.TakeResponse | None]
+    ) -> pb.TakeResponse | None:
         """A cancelled call is given back by the api at once."""
         call = asyncio.create_task(asking)
         leaving = asyncio.create_task(self.draining.wait())
