@@ -8,9 +8,9 @@ replaced by whoever starts again from the record. Pictures are drawn by the infe
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from google.protobuf import json_format
 from likeness.inference.v1 import generation_job_pb2, inference_service_pb2, inference_service_pb2_grpc
@@ -46,6 +46,8 @@ from services.trainer.drawings import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ATTEMPTS: Final = 5
 """How often a phase is tried after faults that may pass, in all 31 s of waiting. After that a sibling that does not
 answer leaves the job where it is, for the next tick to begin again; anything else ends it."""
@@ -72,15 +74,22 @@ class TrainingLeader:
         progress: where moving numbers go.
         siblings: storage and inference.
         read_spec: the specification of a record, wherever it is kept.
+        pause: how to wait some seconds between two tries.
     """
 
     def __init__(
-        self, job_log: JobLog, progress: ProgressLog, siblings: Siblings, read_spec: ReadSpec
+        self,
+        job_log: JobLog,
+        progress: ProgressLog,
+        siblings: Siblings,
+        read_spec: ReadSpec,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._log = job_log
         self._progress = progress
         self._siblings = siblings
         self._read_spec = read_spec
+        self._pause = pause
 
     async def lead(self, revision: Revision) -> None:
         """Does all that is left of the phase the job is in; returns when the job has moved on.
@@ -101,7 +110,7 @@ class TrainingLeader:
                 logger.warning(
                     "phase met a fault that may pass", extra={"job_id": ref.id, "error": str(error)}
                 )
-                await asyncio.sleep(2 ** (attempt - 1))
+                await self._pause(2 ** (attempt - 1))
 
     async def _lead_once(self, ref: JobRef) -> None:
         revision = await self._log.read(ref)
@@ -128,8 +137,8 @@ class TrainingLeader:
             revision = await self._write(revision, life.begin_preparing(revision.record, self._log.now_ms()))
         spec = await self._read_spec(revision.record)
         base = await self._base_model(revision.record.project, spec.base_model)
-        imported = await asyncio.gather(
-            *(self._import_concept(revision.record.project, spec, concept) for concept in spec.concepts)
+        imported = await _all_of(
+            [self._import_concept(revision.record.project, spec, concept) for concept in spec.concepts]
         )
         missing = sum(plan.missing for plan in imported)
         if missing:
@@ -292,7 +301,7 @@ class TrainingLeader:
                 for image in images
             ]
 
-        groups = await asyncio.gather(*(draw(index, drawing) for index, drawing in enumerate(wanted)))
+        groups = await _all_of([draw(index, drawing) for index, drawing in enumerate(wanted)])
         return [image for group in groups for image in group]
 
     # -- drawings --------------------------------------------------------------------------------------------
@@ -333,7 +342,7 @@ class TrainingLeader:
                 if not row_of(error).retry_job and row_of(error).reason != "DEADLINE_EXCEEDED":
                     raise
                 logger.info("waiting for the inference api", extra={"job_id": job_id})
-                await asyncio.sleep(0.5)
+                await self._pause(0.5)
                 continue
             if job.state not in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING):
                 return job
@@ -388,6 +397,17 @@ class _Counter:
     async def add(self, count: int) -> None:
         self.done += count
         await self.report(self.done, self.total)
+
+
+async def _all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Does several things at once; when one fails the others are stopped before its error goes on."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _to_json(message: Any) -> dict[str, Any]:

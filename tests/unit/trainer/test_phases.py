@@ -1,0 +1,376 @@
+"""The phases that the api leads, over a job log in memory and siblings that only remember what they were asked."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from likeness.inference.v1 import generation_job_pb2, inference_service_pb2
+from likeness.job.v1 import job_pb2
+from likeness.storage.v1 import artifact_pb2, model_pb2
+from likeness.training.v1 import training_job_pb2
+
+from services.adapters.memory import MemoryPlatform
+from services.domain import job as life
+from services.domain.errors import AlreadyExists, BadInput, NotFound, Unavailable
+from services.domain.job import JobKind, JobRef, JobState, Limits, Phase, Stage
+from services.domain.ports import Revision
+from services.trainer.drawings import ClassImages, child_id, runs_of
+from services.trainer.phases import ATTEMPTS, Siblings, TrainingLeader
+
+REF = JobRef(JobKind.TRAIN, "dev", "job-1")
+BASE = model_pb2.Model(model="pocket", manifest_key="shared/base", manifest_digest="d" * 64)
+
+
+class FakeStorage:
+    """What the leader needs of storage, in dictionaries."""
+
+    def __init__(self) -> None:
+        self.refs: dict[str, Any] = {}
+        self.datasets: dict[str, list[artifact_pb2.DatasetImage]] = {}
+        self.documents: dict[str, Any] = {}
+        self.imports: list[str] = []
+        self.faults: list[Exception] = []
+
+    async def get_model(self, project: str, model: str) -> model_pb2.Model:
+        if model not in ("", "pocket"):
+            raise NotFound(model)
+        return BASE
+
+    async def import_dataset(
+        self, project: str, source: training_job_pb2.ImageSource, **kwargs: Any
+    ) -> artifact_pb2.Dataset:
+        if self.faults:
+            raise self.faults.pop()
+        self.imports.append(source.archive_url)
+        count = int(source.archive_url.rsplit("/", 1)[-1])
+        images = [artifact_pb2.DatasetImage(id=f"{i}.png", key=f"given-{i}") for i in range(count)]
+        return artifact_pb2.Dataset(key=f"dataset:{source.archive_url}", images=images)
+
+    async def create_dataset(
+        self, project: str, images: list[artifact_pb2.DatasetImage]
+    ) -> artifact_pb2.Dataset:
+        key = "made:" + hashlib.sha256("".join(image.key for image in images).encode()).hexdigest()[:8]
+        self.datasets[key] = list(images)
+        return artifact_pb2.Dataset(key=key, images=images)
+
+    async def get_ref(self, project: str, kind: str, name: str) -> Any:
+        return self.refs.get(f"{project}/{kind}/{name}")
+
+    async def put_ref(self, project: str, kind: str, name: str, document: Any) -> None:
+        if f"{project}/{kind}/{name}" in self.refs:
+            raise AlreadyExists(name)
+        self.refs[f"{project}/{kind}/{name}"] = document
+
+    async def upload_document(self, project: str, document: Any) -> artifact_pb2.Blob:
+        self.documents["result"] = document
+        return artifact_pb2.Blob(key="result")
+
+
+class FakeInference:
+    """Draws at once; an id that was asked for before is answered again."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, generation_job_pb2.GenerationJob] = {}
+        self.order: list[str] = []
+        self.cancelled: list[str] = []
+        self.never_ends = False
+        self.state = job_pb2.JOB_STATE_SUCCEEDED
+
+    async def CreateGenerationJob(self, request: inference_service_pb2.CreateGenerationJobRequest) -> Any:
+        if request.job_id not in self.jobs:
+            self.order.append(request.job_id)
+        seeds = [request.spec.seed + i for i in range(request.spec.num_images)]
+        images = [
+            generation_job_pb2.GeneratedImage(key=f"{request.spec.prompt}#{seed}", seed=seed)
+            for seed in seeds
+        ]
+        self.jobs[request.job_id] = generation_job_pb2.GenerationJob(
+            job_id=request.job_id,
+            spec=request.spec,
+            state=self.state,
+            result=generation_job_pb2.GenerationResult(images=images),
+            parent_job_id=request.parent_job_id,
+        )
+
+    async def WatchGenerationJob(self, request: Any) -> AsyncIterator[Any]:
+        if self.never_ends:
+            await asyncio.Event().wait()
+        yield inference_service_pb2.WatchGenerationJobResponse()
+
+    async def GetGenerationJob(self, request: Any) -> Any:
+        return inference_service_pb2.GetGenerationJobResponse(job=self.jobs[request.job_id])
+
+    async def CancelGenerationJob(self, request: Any) -> None:
+        self.cancelled.append(request.job_id)
+
+    @property
+    def specs(self) -> list[generation_job_pb2.GenerationSpec]:
+        return [self.jobs[job_id].spec for job_id in self.order]
+
+
+class House:
+    """A leader with all it stands on."""
+
+    def __init__(self, spec: training_job_pb2.TrainingSpec) -> None:
+        self.platform = MemoryPlatform()
+        self.storage, self.inference, self.spec = FakeStorage(), FakeInference(), spec
+        self.pauses: list[float] = []
+
+        async def read_spec(_: life.JobRecord) -> training_job_pb2.TrainingSpec:
+            return spec
+
+        async def pause(seconds: float) -> None:
+            self.pauses.append(seconds)
+
+        siblings: Any = Siblings(self.storage, self.inference)  # type: ignore[arg-type]
+        self.leader = TrainingLeader(
+            self.platform.job_log, self.platform.progress, siblings, read_spec, pause=pause
+        )
+
+    async def admit(self) -> Revision:
+        log = self.platform.job_log
+        record = life.admit_training(
+            REF, spec={}, options={}, limits=Limits(), request="", now_ms=log.now_ms()
+        )
+        return Revision(record, await log.write(record, 0), 0)
+
+    async def read(self) -> Revision:
+        revision = await self.platform.job_log.read(REF)
+        assert revision is not None
+        return revision
+
+    async def train(self) -> None:
+        """Plays the trainer: takes the ready job and reports a model."""
+        revision = await self.read()
+        log = self.platform.job_log
+        taken = life.take(revision.record, revision.sequence, "w", log.now_ms())
+        sequence = await log.write(taken, revision.sequence)
+        trained = training_job_pb2.TrainingResult(model=REF.id, steps=3)
+        document = json_format.MessageToDict(trained, preserving_proto_field_name=True)
+        await log.write(life.report_trained(taken, taken.epoch, document), sequence)
+
+
+def a_spec(**changes: Any) -> training_job_pb2.TrainingSpec:
+    concept = training_job_pb2.Concept(
+        instance_data=training_job_pb2.ImageSource(
+            archive_url="http://x/5", field="concepts[0].instance_data"
+        ),
+        instance_prompt="photo of sks dog",
+        class_prompt="photo of a dog",
+        num_class_images=5,
+    )
+    spec = training_job_pb2.TrainingSpec(
+        base_model="pocket", concepts=[concept], resolution=256, seed=100, sample_batch_size=2,
+        with_prior_preservation=True,
+    )  # fmt: skip
+    spec.MergeFrom(training_job_pb2.TrainingSpec(**changes))
+    return spec
+
+
+async def test_prepare_imports_draws_what_is_missing_and_makes_the_job_ready() -> None:
+    house = House(a_spec())
+    await house.leader.lead(await house.admit())
+    record = (await house.read()).record
+    assert (record.state, record.phase, record.ready) == (JobState.RUNNING, Phase.TRAIN, True)
+    assert record.model == BASE.manifest_digest
+    prepared = json_format.ParseDict(dict(record.prepared or {}), training_job_pb2.PreparedInputs())
+    assert prepared.base_manifest_key == BASE.manifest_key
+    [dataset] = prepared.datasets
+    assert (dataset.instance_images, dataset.class_images) == (5, 5)
+    drawn = house.storage.datasets[dataset.class_key]
+    assert [image.key for image in drawn] == [f"photo of a dog#{100 + i}" for i in range(5)]
+    assert [spec.num_images for spec in house.inference.specs] == [2, 2, 1]
+    assert {(spec.width_px, spec.num_inference_steps) for spec in house.inference.specs} == {(256, 50)}
+
+
+async def test_given_class_pictures_are_used_and_only_the_rest_is_drawn() -> None:
+    spec = a_spec()
+    spec.concepts[0].class_data.archive_url = "http://x/3"
+    house = House(spec)
+    await house.leader.lead(await house.admit())
+    [images] = house.storage.datasets.values()
+    assert [image.key for image in images[:3]] == ["given-0", "given-1", "given-2"]
+    assert len(images) == 5
+
+
+async def test_more_class_pictures_than_wanted_are_cut_to_the_first() -> None:
+    spec = a_spec()
+    spec.concepts[0].class_data.archive_url = "http://x/9"
+    house = House(spec)
+    await house.leader.lead(await house.admit())
+    [images] = house.storage.datasets.values()
+    assert [image.key for image in images] == [f"given-{i}" for i in range(5)]
+    assert house.inference.order == []
+
+
+async def test_without_prior_preservation_no_class_picture_is_read_or_drawn() -> None:
+    spec = a_spec(with_prior_preservation=False)
+    spec.concepts[0].class_data.archive_url = "http://x/3"
+    house = House(spec)
+    await house.leader.lead(await house.admit())
+    assert house.storage.imports == ["http://x/5"]
+    assert house.inference.order == []
+    assert (await house.read()).record.ready
+
+
+async def test_pictures_drawn_before_are_found_again() -> None:
+    house = House(a_spec())
+    await house.leader.lead(await house.admit())
+    again = House(a_spec())
+    again.storage.refs = house.storage.refs
+    await again.leader.lead(await again.admit())
+    assert again.inference.order == []
+    assert again.storage.datasets == house.storage.datasets
+
+
+async def test_finish_draws_proof_and_samples_and_ends_the_job() -> None:
+    samples = [generation_job_pb2.GenerationSpec(prompt="sks dog on the moon", num_images=2, seed=11),
+               generation_job_pb2.GenerationSpec(prompt="sks dog at sea")]  # fmt: skip
+    house = House(a_spec(samples=samples, with_prior_preservation=False))
+    await house.leader.lead(await house.admit())
+    await house.train()
+    await house.leader.lead(await house.read())
+    record = (await house.read()).record
+    assert (record.state, record.result_key) == (JobState.SUCCEEDED, "result")
+    result = json_format.ParseDict(house.storage.documents["result"], training_job_pb2.TrainingResult())
+    assert [sample.image.seed for sample in result.samples][:2] == [11, 12]
+    assert 0 <= result.samples[2].image.seed <= 65535
+    assert result.test_image.image.key == "photo of sks dog#100"
+    assert {spec.model for spec in house.inference.specs} == {REF.id}
+    stages = [Stage.DEPLOYING, Stage.SAMPLING]
+    assert record.stage == stages[-1]
+
+
+async def test_a_second_leader_asks_for_the_same_drawings() -> None:
+    spec = a_spec(samples=[generation_job_pb2.GenerationSpec(prompt="x")], with_prior_preservation=False)
+    house, other = House(spec), House(spec)
+    for each in (house, other):
+        await each.leader.lead(await each.admit())
+        await each.train()
+        await each.leader.lead(await each.read())
+    assert house.inference.order == other.inference.order
+    assert [item.SerializeToString() for item in house.inference.specs] == [
+        item.SerializeToString() for item in other.inference.specs
+    ]
+
+
+async def test_unusable_data_fails_the_job_with_its_field() -> None:
+    house = House(a_spec())
+    house.storage.faults = [BadInput("the archive holds no readable image", "concepts[0].instance_data")]
+    await house.leader.lead(await house.admit())
+    record = (await house.read()).record
+    assert record.state is JobState.FAILED
+    assert record.error == life.JobFailure(
+        "BAD_INPUT",
+        "concepts[0].instance_data: the archive holds no readable image",
+        "concepts[0].instance_data",
+    )
+    assert house.pauses == []
+
+
+async def test_an_unknown_base_model_fails_the_job() -> None:
+    house = House(a_spec(base_model="nobody"))
+    house.spec.base_model = "nobody"
+    await house.leader.lead(await house.admit())
+    error = (await house.read()).record.error
+    assert error is not None
+    assert (error.field, error.message) == ("base_model", "base_model: there is no model 'nobody'")
+
+
+async def test_a_sibling_that_is_away_is_asked_again() -> None:
+    house = House(a_spec())
+    house.storage.faults = [Unavailable("storage"), Unavailable("storage")]
+    await house.leader.lead(await house.admit())
+    assert (await house.read()).record.ready
+    assert house.pauses == [1, 2]
+
+
+async def test_a_sibling_that_stays_away_leaves_the_job_for_the_next_tick() -> None:
+    house = House(a_spec())
+    house.storage.faults = [Unavailable("storage")] * ATTEMPTS
+    await house.leader.lead(await house.admit())
+    assert (await house.read()).record.state is JobState.RUNNING
+    await house.leader.lead(await house.read())
+    assert (await house.read()).record.ready
+
+
+async def test_a_bug_ends_the_job_with_the_fixed_text() -> None:
+    house = House(a_spec())
+    house.storage.faults = [KeyError("secret detail") for _ in range(ATTEMPTS)]
+    await house.leader.lead(await house.admit())
+    error = (await house.read()).record.error
+    assert error is not None
+    assert (error.reason, error.message) == ("INTERNAL", "internal error")
+
+
+async def test_a_drawing_that_fails_fails_the_job() -> None:
+    house = House(a_spec())
+    house.inference.state = job_pb2.JOB_STATE_FAILED
+    await house.leader.lead(await house.admit())
+    record = (await house.read()).record
+    assert record.state is JobState.FAILED
+    assert record.error is not None
+    assert "could not be drawn" in record.error.message
+
+
+async def test_a_cancelled_job_takes_its_drawings_with_it() -> None:
+    house = House(a_spec())
+    house.inference.never_ends = True
+    leading = asyncio.create_task(house.leader.lead(await house.admit()))
+    while not house.inference.order:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    leading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leading
+    assert house.inference.cancelled == house.inference.order
+
+
+async def test_a_job_that_has_ended_is_left_alone() -> None:
+    house = House(a_spec())
+    revision = await house.admit()
+    await house.platform.job_log.write(life.cancel(revision.record, 0), revision.sequence)
+    await house.leader.lead(revision)
+    assert (await house.read()).record.state is JobState.CANCELLED
+    assert house.storage.imports == []
+
+
+def test_ids_of_drawings_differ_between_names_and_runs_only() -> None:
+    record = life.admit_training(REF, spec={}, options={}, limits=Limits(), request="", now_ms=0)
+    failed = life.fail(record, life.JobFailure("X", "x"), 1)
+    again = life.retry(failed, 2)
+    names = {child_id(record, "a"), child_id(record, "b"), child_id(again, "a")}
+    assert len(names) == 3
+    assert child_id(record, "a") in names
+
+
+@pytest.mark.parametrize(
+    ("indices", "longest", "runs"),
+    [
+        ([], 3, []),
+        ([0, 1, 2, 3], 3, [(0, 3), (3, 1)]),
+        ([1, 2, 5], 10, [(1, 2), (5, 1)]),
+        ([4, 5], 0, [(4, 1), (5, 1)]),
+    ],
+    ids=["none", "cut", "gap", "one by one"],
+)
+def test_missing_pictures_are_asked_for_in_runs(
+    indices: list[int], longest: int, runs: list[tuple[int, int]]
+) -> None:
+    assert runs_of(indices, longest) == runs
+
+
+def test_a_class_picture_is_named_by_everything_its_pixels_depend_on() -> None:
+    recipe = ClassImages("digest", "pocket", "a dog", 512, 7)
+    others = [
+        ClassImages("other", "pocket", "a dog", 512, 7),
+        ClassImages("digest", "pocket", "a cat", 512, 7),
+        ClassImages("digest", "pocket", "a dog", 256, 7),
+        ClassImages("digest", "pocket", "a dog", 512, 8),
+    ]
+    names = {recipe.name(0), recipe.name(1), *(other.name(0) for other in others)}
+    assert len(names) == 6
+    assert ClassImages("digest", "renamed", "a dog", 512, 7).name(0) == recipe.name(0)
