@@ -31,8 +31,8 @@ from services.storage.images import (
     Picture,
     RefusalKind,
     decode_image,
-    encode_png,
     is_named_like_a_picture,
+    save_png,
 )
 from services.storage.sandbox import SandboxLimits, allow_cpu_seconds, confine
 
@@ -192,12 +192,13 @@ def _decode_one(task: DecodeTask, source: Source, index: int) -> dict[str, Any]:
 
 
 def _store(picture: Picture, path: Path) -> dict[str, Any]:
-    data = encode_png(picture.image)
-    path.write_bytes(data)
+    save_png(picture.image, path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "path": str(path),
-        "digest": hashlib.sha256(data).hexdigest(),
-        "size_bytes": len(data),
+        "digest": digest,
+        "size_bytes": path.stat().st_size,
         "width_px": picture.image.width,
         "height_px": picture.image.height,
         "type": picture.type_name,

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 MAX_PIXELS: Final = 100_000_000
 MIN_SIDE_PX: Final = 64
@@ -131,30 +131,29 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int 
         raise ImageRefused(RefusalKind.UNREADABLE, why) from error
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Encodes a picture losslessly; equal pixels give equal bytes.
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a picture losslessly and without any metadata; equal pixels give equal bytes.
 
     Args:
         image: mode RGB.
-
-    Returns:
-        A PNG without any metadata.
+        path: file to write.
     """
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=PNG_COMPRESSION)
-    return buffer.getvalue()
+    image.save(path, "PNG", compress_level=PNG_COMPRESSION)
 
 
 def _decode(data: bytes, type_name: str, max_pixels: int, min_side_px: int) -> Picture:
+    """Holds as few copies as it can: a picture of 100 megapixels takes 400 MB in each of them."""
     warnings: list[str] = []
     with Image.open(io.BytesIO(data), formats=[type_name]) as opened:
         _check_size(opened.size, max_pixels, min_side_px)
         opened.load()
-        upright = _turned_upright(opened, warnings)
-    base, alpha = _split_alpha(_reduced_to_eight_bits(upright))
-    colour = _as_srgb(base, upright.info.get("icc_profile"), warnings)
+        profile = opened.info.get("icc_profile")
+        _turn_upright(opened, warnings)
+    base, alpha = _split_alpha(_reduced_to_eight_bits(opened))
+    del opened
+    colour = _as_srgb(base, profile, warnings)
     if alpha is not None and alpha.getextrema() != (255, 255):
-        colour = Image.composite(colour, Image.new("RGB", colour.size, _WHITE), alpha)
+        colour.paste(_WHITE, mask=ImageChops.invert(alpha))
         warnings.append("transparent parts became white")
     colour.info = {}
     return Picture(colour, type_name, tuple(warnings))
@@ -170,13 +169,12 @@ def _check_size(size: tuple[int, int], max_pixels: int, min_side_px: int) -> Non
         raise ImageRefused(RefusalKind.TOO_SMALL, why)
 
 
-def _turned_upright(image: Image.Image, warnings: list[str]) -> Image.Image:
+def _turn_upright(image: Image.Image, warnings: list[str]) -> None:
     """Applies the camera's orientation; a damaged EXIF block does not make a good picture bad."""
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # EXIF is a format of its own, with a parser that raises as freely as the decoders
         warnings.append("its EXIF data is damaged, so it was not turned")
-        return image.copy()
 
 
 def _reduced_to_eight_bits(image: Image.Image) -> Image.Image:
@@ -228,7 +226,7 @@ def _as_srgb(image: Image.Image, profile: bytes | None, warnings: list[str]) -> 
                 return _transformed(image, source)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             warnings.append("its colour profile is damaged and was ignored")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _transformed(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
