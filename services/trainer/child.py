@@ -99,9 +99,14 @@ def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
 
 def _concept(index: int, entry: Mapping[str, Any]) -> Concept:
     def pictures(kind: str) -> tuple[Picture, ...]:
-        prompt, seed = str(entry[f"{kind}_prompt"]), int(entry["seed"])
         return tuple(
-            Picture(f"{index}/{kind}/{picture['id']}", Path(picture["path"]), prompt, index, seed)
+            Picture(
+                sample_id=f"{index}/{kind}/{picture['id']}",
+                path=Path(picture["path"]),
+                prompt=str(picture["prompt"]),
+                concept=index,
+                seed=int(entry["seed"]),
+            )
             for picture in entry[f"{kind}_pictures"]
         )
 

@@ -1,0 +1,78 @@
+"""Recovery checkpoints on their way to storage, beside the training that makes them. Without torch."""
+
+import asyncio
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from services.adapters.storage_client import StorageClient
+from services.domain.artifacts import media_type_of
+from services.domain.errors import LikenessError, StaleEpoch
+from services.jobs.worker_client import JobHandle
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointUploads:
+    """Stores checkpoints while training goes on, one at a time; of several that wait only the newest.
+
+    Args:
+        storage: where they go.
+        handle: the job; each stored checkpoint is reported to it.
+        folder: holds on to the files of a checkpoint until it is stored, since the child keeps only the newest two.
+    """
+
+    def __init__(self, storage: StorageClient, handle: JobHandle, folder: Path) -> None:
+        self._storage = storage
+        self._handle = handle
+        self._folder = folder
+        self._waiting: tuple[Path, int] | None = None
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def add(self, checkpoint: Path, step: int) -> None:
+        """Takes a checkpoint over; its folder may vanish afterwards."""
+        held = self._folder / checkpoint.name
+        try:
+            await asyncio.to_thread(
+                shutil.copytree, checkpoint, held, copy_function=os.link, dirs_exist_ok=True
+            )
+        except OSError as error:
+            logger.warning("checkpoint was gone before it was stored", extra={"detail": str(error)})
+            return
+        self._waiting = (held, step)
+        self._idle.clear()
+        self._news.set()
+
+    async def drain(self) -> None:
+        """Waits until the newest checkpoint is stored and reported."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Stores what is added, for ever. What storage cannot take now is followed by a newer one."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._waiting is not None:
+                (held, step), self._waiting = self._waiting, None
+                try:
+                    await self._store(held, step)
+                except StaleEpoch:
+                    logger.info("checkpoint not wanted any more", extra={"step": step})
+                except (LikenessError, OSError) as error:
+                    logger.warning("checkpoint not stored", extra={"step": step, "detail": str(error)})
+                await asyncio.to_thread(shutil.rmtree, held, ignore_errors=True)
+            self._idle.set()
+
+    async def _store(self, held: Path, step: int) -> None:
+        project = self._handle.project_id
+        files = []
+        for path in await asyncio.to_thread(sorted, held.iterdir()):
+            blob = await self._storage.upload_file(project, path, media_type_of(path.name))
+            files.append({"name": path.name, "key": blob.key, "size_bytes": blob.size_bytes})
+        document = {"job": self._handle.job_id, "step": step, "folder": held.name, "files": files}
+        manifest = await self._storage.upload_document(project, document)
+        await self._handle.checkpoint(manifest.key, step)
+        logger.info("checkpoint stored", extra={"step": step})
