@@ -30,6 +30,9 @@ CONFIGURATION_FAULT = 78
 EMBEDDED_NATS_ADDR = "127.0.0.1:8104"
 """Where the launcher's own nats-server listens unless told otherwise."""
 
+EMBEDDED_NATS_MONITOR_ADDR = "127.0.0.1:8105"
+"""Where it answers its monitor."""
+
 EXAMPLES_HOST = "127.77.0.1"
 """Loopback address on which nothing but the example pictures is served."""
 
@@ -73,7 +76,14 @@ def _checked_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _words(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
 Address = Annotated[str, AfterValidator(_checked_address)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_networks)]
 ArtifactsPlace = Annotated[str, AfterValidator(_checked_artifacts)]
 Replicas = Annotated[Literal[1, 3], BeforeValidator(_number)]
@@ -142,11 +152,22 @@ class NatsSettings(CommonSettings):
         f"started alone looks for it at nats://{EMBEDDED_NATS_ADDR}.",
     )
     nats_replicas: Replicas = setting(1, "Copies of each stream: 1, or 3 on a cluster of servers.")
+    nats_monitor_url: Url = setting(
+        f"http://{EMBEDDED_NATS_MONITOR_ADDR}",
+        "Monitor of the one nats-server, asked at start whether it syncs every write to disk.",
+    )
+    nats_system_url: str = setting(
+        "", "For a cluster, in place of the monitor: its addresses with a user of the system account."
+    )
 
     @property
     def nats_servers(self) -> list[str]:
         """Addresses to connect to."""
         return [part.strip() for part in (self.nats_url or f"nats://{EMBEDDED_NATS_ADDR}").split(",")]
+    @property
+    def nats_system_servers(self) -> list[str]:
+        """Addresses with a user of the system account; none without a cluster."""
+        return [part.strip() for part in self.nats_system_url.split(",") if part.strip()]
 
 
 class StorageAddress(CommonSettings):
@@ -229,6 +250,12 @@ class GatewaySettings(
 
     http_addr: Address = setting("127.0.0.1:8000", "Where the gateway listens (HTTP).")
     public_url: Url = setting("", "Base of the URLs handed out; empty: the request's own host.")
+    cors_origins: Origins = setting(
+        (), "Origins of web pages, comma separated, that may call the API from a browser."
+    )
+    webhook_secret: SecretStr = setting(
+        SecretStr(""), "Key of the HMAC-SHA256 signature that webhooks carry; empty: they carry none."
+    )
 
 
 class TrainerApiSettings(
@@ -310,7 +337,7 @@ class LauncherSettings(GatewaySettings):
 
     nats_addr: Address = setting(EMBEDDED_NATS_ADDR, "Where the launcher's own nats-server listens.")
     nats_monitor_addr: Address = setting(
-        "127.0.0.1:8105", "Where the launcher's own nats-server answers its monitor (HTTP)."
+        EMBEDDED_NATS_MONITOR_ADDR, "Where the launcher's own nats-server answers its monitor (HTTP)."
     )
     examples_addr: Address | None = setting(
         None,

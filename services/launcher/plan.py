@@ -30,6 +30,9 @@ def program_environ(settings: LauncherSettings, home: Home, environ: Mapping[str
     decided = {
         "HOME": str(home.path),
         "NATS_URL": settings.nats_url or f"nats://{settings.nats_addr}",
+        "NATS_MONITOR_URL": (
+            settings.nats_monitor_url if settings.nats_url else f"http://{settings.nats_monitor_addr}"
+        ),
         "HTTP_ADDR": settings.http_addr,
         "STORAGE_ADDR": settings.storage_addr,
         "TRAINING_ADDR": settings.training_addr,

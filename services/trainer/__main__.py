@@ -69,7 +69,14 @@ def worker() -> None:
     asyncio.run(run_worker(settings))
 
 
-ROLES: dict[str, Callable[[], None]] = {"worker": worker}
+def api() -> None:
+    """The role `api`, which alone loads the job log's client."""
+    from services.trainer.api import main as serve_api
+
+    serve_api()
+
+
+ROLES: dict[str, Callable[[], None]] = {"api": api, "worker": worker}
 
 
 def main() -> None:
