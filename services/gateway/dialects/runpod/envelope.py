@@ -285,7 +285,7 @@ def progress_body(progress: job_pb2.Progress) -> dict[str, Any]:
         "total_percent": round(100 * progress.fraction, 1),
     }
     for name in ("loss", "learning_rate", "seconds_left"):
-        if progress.HasField(name) and math.isfinite(getattr(progress, name)):  # type: ignore[arg-type]
+        if progress.HasField(name) and math.isfinite(getattr(progress, name)):
             body[name] = getattr(progress, name)
     return body
 

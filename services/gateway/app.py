@@ -1,0 +1,215 @@
+"""HTTP: routes, bodies, headers. The only file that knows the HTTP framework; what is answered is decided elsewhere."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.adapters.storage_client import StorageClient
+from services.adapters.telemetry import continued_trace, trace_of
+from services.domain.errors import LikenessError
+from services.gateway.dialects.base import Answer
+from services.gateway.dialects.runpod import envelope as wire
+from services.gateway.files import open_file
+from services.gateway.openapi import document
+from services.gateway.runpod import BodyTooLarge, Call, RunpodApi, base_url_of, internal_answer
+
+logger = logging.getLogger(__name__)
+
+JOB_OPERATIONS = {
+    "status": ["GET", "POST"],
+    "status-sync": ["GET", "POST"],
+    "stream": ["GET", "POST"],
+    "cancel": ["POST"],
+    "retry": ["POST"],
+}
+QUEUE_OPERATIONS = {"run": ["POST"], "runsync": ["POST"], "purge-queue": ["POST"], "health": ["GET"]}
+CHECK_TIMEOUT_S = 3.0
+
+_SLASHES = re.compile("/{2,}")
+_DOCS_PAGE = Path(__file__).with_name("docs.html")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the app is made of.
+
+    Attributes:
+        runpod: the RunPod routes.
+        storage: where files come from.
+        checks: what must answer for the gateway to be ready, by name.
+        public_url: base of addresses handed out; "": the request's own host.
+        cors_origins: web pages that may call from a browser.
+    """
+
+    runpod: RunpodApi
+    storage: StorageClient
+    checks: Mapping[str, Callable[[], Awaitable[bool]]] = field(default_factory=dict)
+    public_url: str = ""
+    cors_origins: Sequence[str] = ()
+
+
+def create_app(parts: Parts) -> ASGIApp:
+    """Builds the application.
+
+    Args:
+        parts: what it is made of.
+
+    Returns:
+        An ASGI application.
+    """
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_exception_handler(HTTPException, _http_error)
+    for version in get_args(wire.Version):
+        for operation, methods in (QUEUE_OPERATIONS | JOB_OPERATIONS).items():
+            tail = "/{job_id}" if operation in JOB_OPERATIONS else ""
+            handler = _runpod_handler(parts, version, operation)
+            _add(app, f"/{version}/{{endpoint}}/{operation}{tail}", handler, methods)
+    _add(app, "/files/{token}/{name}", _file_handler(parts), ["GET", "HEAD"])
+    _add_pages(app, parts)
+    if parts.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=parts.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return _Edge(app)
+
+
+def _add(
+    app: FastAPI, path: str, handler: Callable[[Request], Awaitable[Response]], methods: list[str]
+) -> None:
+    app.add_api_route(path, handler, methods=methods, response_model=None, include_in_schema=False)
+
+
+def _add_pages(app: FastAPI, parts: Parts) -> None:
+    page = _DOCS_PAGE.read_text()
+
+    async def healthz(request: Request) -> Response:
+        return _json(Answer(200, {"alive": True}))
+
+    async def readyz(request: Request) -> Response:
+        checks = dict(zip(parts.checks, await _run_checks(parts.checks), strict=True))
+        ready = all(checks.values())
+        return _json(Answer(200 if ready else 503, {"ready": ready, "checks": checks}))
+
+    async def openapi(request: Request) -> Response:
+        return _json(Answer(200, document(_base_url(parts, request))))
+
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(page)
+
+    for path, handler in (
+        ("/healthz", healthz),
+        ("/readyz", readyz),
+        ("/openapi.json", openapi),
+        ("/docs", docs),
+    ):
+        _add(app, path, handler, ["GET"])
+
+
+async def _run_checks(checks: Mapping[str, Callable[[], Awaitable[bool]]]) -> list[bool]:
+    async def passed(check: Callable[[], Awaitable[bool]]) -> bool:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                return await check()
+        except (TimeoutError, LikenessError):
+            return False
+
+    return list(await asyncio.gather(*(passed(check) for check in checks.values())))
+
+
+def _runpod_handler(
+    parts: Parts, version: wire.Version, operation: str
+) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        call = Call(
+            version=version,
+            endpoint=request.path_params["endpoint"],
+            authorization=request.headers.get("authorization"),
+            base_url=_base_url(parts, request),
+            job_id=request.path_params.get("job_id", ""),
+            query=request.query_params,
+            read_body=lambda limit: _read_body(request, limit),
+        )
+        start = time.monotonic()
+        answer = await parts.runpod.answer(operation, call)
+        extra = {"operation": operation, "http_status": answer.status, "duration_s": time.monotonic() - start}
+        logger.debug("request answered", extra=extra)
+        return _json(answer)
+
+    return handle
+
+
+async def _read_body(request: Request, limit_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit_bytes:
+        raise BodyTooLarge
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise BodyTooLarge
+    return bytes(body)
+
+
+def _base_url(parts: Parts, request: Request) -> str:
+    return base_url_of(parts.public_url, request.url.scheme, request.headers.get("host", ""))
+
+
+def _file_handler(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        token, name = request.path_params["token"], request.path_params["name"]
+        with_body = request.method == "GET"
+        try:
+            file = await open_file(parts.storage, token, name, dict(request.headers), with_body)
+        except LikenessError as error:
+            return _json(wire.error_answer(error, "file"))
+        except Exception as error:
+            return _json(internal_answer(error))
+        if file.status == 416:
+            return _json(Answer(416, {"error": "range not satisfiable"}, file.headers))
+        if file.body is None:
+            return Response(status_code=file.status, headers=dict(file.headers))
+        return StreamingResponse(file.body, status_code=file.status, headers=dict(file.headers))
+
+    return handle
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answers what the router itself refuses: no such path, or another method."""
+    assert isinstance(error, HTTPException)
+    text = {404: "not found", 405: "method not allowed"}.get(error.status_code, str(error.detail).lower())
+    return _json(Answer(error.status_code, {"error": text}, dict(error.headers or {})))
+
+
+def _json(answer: Answer) -> Response:
+    """JSON in ASCII: whatever strings a caller sent, the body can be encoded."""
+    content = json.dumps(answer.body, separators=(",", ":"), allow_nan=False)
+    headers = {"Cache-Control": "no-store", **answer.headers}
+    return Response(content, answer.status, headers, media_type="application/json")
+
+
+class _Edge:
+    """Around everything: repeated slashes are one, and each request continues or begins a trace."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope = dict(scope, path=_SLASHES.sub("/", scope["path"]))
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        with continued_trace(*trace_of(headers)):
+            await self._app(scope, receive, send)

@@ -1,0 +1,271 @@
+"""Jobs as the dialects see them: submit, read, wait, cancel, retry, on canonical messages over TrainingService.
+
+Owns no state: what is remembered here (callers' long inputs, queue figures) can be read again.
+"""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from likeness.job.v1 import job_pb2
+from likeness.training.v1 import training_job_pb2
+from likeness.training.v1 import training_service_pb2 as pb
+
+from services.adapters.telemetry import current_trace
+from services.domain.errors import LikenessError, NotFound, QueueFull, Unavailable, WrongState
+from services.gateway.dialects.base import FINAL_STATES, Submission
+from services.gateway.limits import QueueLimit
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 2.5
+"""Clients give up after 3 s, so the services behind get a little less."""
+MAX_KEPT_VALUE = 64 * 1024
+MAX_KEPT_INPUT = 1024 * 1024
+"""What is echoed of an input, in characters of JSON: values that are longer can only be unknown keys'."""
+MAX_LABEL_CHARS = 1000
+POLL_S = 1.0
+ANSWER_MARGIN_S = 0.1
+"""A held request is answered at the end of its wait, not after it: the last read needs this much."""
+PURGES_AT_ONCE = 16
+QUEUE_FIGURES_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a job belongs.
+
+    Attributes:
+        project: its owner.
+        dialect: for instance "runpod".
+        endpoint: for instance "dream-booth-v1".
+    """
+
+    project: str
+    dialect: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What a job is made of.
+
+    Attributes:
+        job_id: its id.
+        submission: the training.
+        given: the caller's input, kept for dialects that echo it.
+        webhook: address that is told of the end; "" for none.
+        policy: limits and rank.
+        labels: small values that the dialect keeps with the job.
+    """
+
+    job_id: str
+    submission: Submission
+    given: Mapping[str, Any]
+    webhook: str
+    policy: job_pb2.JobPolicy
+    labels: Mapping[str, str]
+
+
+def new_job_id(prefix: str = "") -> str:
+    """A fresh random id."""
+    return prefix + str(uuid.uuid4())
+
+
+class Jobs:
+    """The trainings of all projects, as far as a caller may see them."""
+
+    def __init__(
+        self,
+        training: Any,
+        queue_limit: QueueLimit = QueueLimit(),  # noqa: B008 - frozen
+    ) -> None:
+        """Takes a stub of TrainingService, and when a queue is full."""
+        self._training = training
+        self._queue_limit = queue_limit
+        self._figures: dict[str, tuple[float, job_pb2.QueueStatus]] = {}
+        self.stopping = asyncio.Event()
+        """Set when the process ends: held requests are answered then."""
+
+    async def check_queue(self, endpoint: str) -> None:
+        """Raises QueueFull when an endpoint's queue is too long for one more job."""
+        known = self._figures.get(endpoint)
+        if known is None or known[0] < time.monotonic():
+            status = await self.queue_status("", endpoint)
+            known = self._figures[endpoint] = time.monotonic() + QUEUE_FIGURES_S, status
+        status = known[1]
+        waiting = status.queued_jobs + status.ready_jobs
+        if self._queue_limit.is_full(waiting, status.idle_workers + status.busy_workers):
+            raise QueueFull("queue is full")
+
+    async def submit(self, origin: Origin, new: NewJob) -> training_job_pb2.TrainingJob:
+        """Admits a training.
+
+        Raises:
+            InvalidSpec: the service found a fault that the dialect could not know of.
+            QueueFull, Unavailable: not now.
+        """
+        options = job_pb2.JobOptions(policy=new.policy, traceparent=_traceparent())
+        options.origin.dialect, options.origin.endpoint = origin.dialect, origin.endpoint
+        options.origin.labels.update({**new.labels, **_ignored_label(new.submission)})
+        options.origin.request_json = _kept_input(new.given)
+        if new.webhook:
+            options.webhook.url = new.webhook
+            options.webhook.scope = job_pb2.WEBHOOK_SCOPE_FINAL
+        request = pb.CreateTrainingJobRequest(
+            project_id=origin.project,
+            job_id=new.job_id,
+            spec=new.submission.spec,
+            options=options,
+        )
+        response = await self._training.CreateTrainingJob(request, timeout=CALL_TIMEOUT_S)
+        if new.submission.ignored:
+            extra = {"job_id": new.job_id, "keys": options.origin.labels["ignored_keys"]}
+            logger.info("unknown keys ignored", extra=extra)
+        return _job(response)
+
+    async def get(self, origin: Origin, job_id: str) -> training_job_pb2.TrainingJob:
+        """Reads a job.
+
+        Raises:
+            NotFound: unknown, expired, somebody else's, or of another endpoint.
+        """
+        request = pb.GetTrainingJobRequest(job_id=job_id, project_id=origin.project)
+        job = _job(await self._training.GetTrainingJob(request, timeout=CALL_TIMEOUT_S))
+        found = job.options.origin
+        if (found.dialect, found.endpoint) != (origin.dialect, origin.endpoint):
+            raise NotFound("job not found")
+        return job
+
+    async def cancel(self, origin: Origin, job_id: str) -> training_job_pb2.TrainingJob:
+        """Ends a job; one that has ended already is returned unchanged.
+
+        Raises:
+            NotFound: as :meth:`get`.
+        """
+        await self.get(origin, job_id)
+        request = pb.CancelTrainingJobRequest(job_id=job_id, project_id=origin.project)
+        return _job(await self._training.CancelTrainingJob(request, timeout=CALL_TIMEOUT_S))
+
+    async def retry(self, origin: Origin, job_id: str) -> training_job_pb2.TrainingJob:
+        """Starts a FAILED or TIMED_OUT job again.
+
+        Raises:
+            NotFound: as :meth:`get`.
+            WrongState: it is in another state.
+        """
+        job = await self.get(origin, job_id)
+        if job.state not in (job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_TIMED_OUT):
+            raise WrongState("only failed jobs can be retried")
+        request = pb.RetryTrainingJobRequest(job_id=job_id, project_id=origin.project)
+        return _job(await self._training.RetryTrainingJob(request, timeout=CALL_TIMEOUT_S))
+
+    async def wait(self, origin: Origin, job_id: str, seconds: float) -> training_job_pb2.TrainingJob:
+        """Reads a job as soon as it has ended, and at the end of `seconds` in any case."""
+        end = time.monotonic() + seconds - ANSWER_MARGIN_S
+        job = await self.get(origin, job_id)
+        if job.state in FINAL_STATES:
+            return job
+        waiting = [asyncio.create_task(self._ended(origin, job)), asyncio.create_task(self.stopping.wait())]
+        try:
+            timeout = max(0.0, end - time.monotonic())
+            await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return await self.get(origin, job_id)
+
+    async def _ended(self, origin: Origin, job: training_job_pb2.TrainingJob) -> None:
+        """Returns when a job has ended: told by its events, and by looking where these break off."""
+        request = pb.WatchTrainingJobRequest(
+            job_id=job.job_id, project_id=origin.project, after_sequence=job.sequence
+        )
+        while job.state not in FINAL_STATES:
+            try:
+                async for response in self._training.WatchTrainingJob(request):
+                    if response.event.state in FINAL_STATES:
+                        return
+            except LikenessError as error:
+                logger.info("watching broke off", extra={"job_id": job.job_id, "detail": str(error)})
+            await asyncio.sleep(POLL_S)
+            try:
+                job = await self.get(origin, job.job_id)
+            except Unavailable:
+                continue
+
+    async def queue_status(self, project: str, endpoint: str) -> job_pb2.QueueStatus:
+        """Figures of an endpoint's jobs, of one project or of all, and of the workers."""
+        request = pb.GetTrainingQueueStatusRequest(project_id=project, endpoint=endpoint)
+        response = await self._training.GetTrainingQueueStatus(request, timeout=CALL_TIMEOUT_S)
+        status: job_pb2.QueueStatus = response.status
+        return status
+
+    async def purge(self, origin: Origin) -> int:
+        """Cancels a project's queued jobs of an endpoint; returns how many there were."""
+        queued = await self._queued(origin)
+        gate = asyncio.Semaphore(PURGES_AT_ONCE)
+
+        async def remove(job_id: str) -> bool:
+            async with gate:
+                request = pb.CancelTrainingJobRequest(job_id=job_id, project_id=origin.project)
+                job = _job(await self._training.CancelTrainingJob(request, timeout=CALL_TIMEOUT_S))
+                return job.state == job_pb2.JOB_STATE_CANCELLED
+
+        return sum(await asyncio.gather(*(remove(job_id) for job_id in queued)))
+
+    async def _queued(self, origin: Origin) -> list[str]:
+        found: list[str] = []
+        token = ""
+        while True:
+            request = pb.ListTrainingJobsRequest(
+                project_id=origin.project,
+                page_size=200,
+                page_token=token,
+                states=[job_pb2.JOB_STATE_QUEUED],
+                endpoint=origin.endpoint,
+            )
+            response = await self._training.ListTrainingJobs(request, timeout=CALL_TIMEOUT_S)
+            found += [job.job_id for job in response.jobs if job.options.origin.dialect == origin.dialect]
+            token = response.next_page_token
+            if not token:
+                return found
+
+
+def _job(response: Any) -> training_job_pb2.TrainingJob:
+    job: training_job_pb2.TrainingJob = response.job
+    return job
+
+
+def given_input(job: training_job_pb2.TrainingJob) -> Any:
+    """The caller's input as it was sent; None when none was kept."""
+    text = job.options.origin.request_json
+    return json.loads(text) if text else None
+
+
+def _kept_input(given: Mapping[str, Any]) -> str:
+    text = _compact(given)
+    if len(text) <= MAX_KEPT_INPUT:
+        return text
+    short = {key: value for key, value in given.items() if len(_compact(value)) <= MAX_KEPT_VALUE}
+    text = _compact(short)
+    return text if len(text) <= MAX_KEPT_INPUT else "{}"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _traceparent() -> str:
+    trace = current_trace()
+    return trace.traceparent if trace is not None else ""
+
+
+def _ignored_label(submission: Submission) -> dict[str, str]:
+    text = ", ".join(submission.ignored)
+    return {"ignored_keys": text[:MAX_LABEL_CHARS]} if text else {}

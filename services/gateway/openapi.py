@@ -1,0 +1,207 @@
+"""The API's description in OpenAPI 3.1, made from the tables that the dialects read requests by."""
+
+from typing import Any
+
+from services.gateway.dialects.base import TrainingEndpoint
+from services.gateway.dialects.runpod import dream_booth_v1
+
+ENDPOINTS: tuple[TrainingEndpoint, ...] = (dream_booth_v1,)
+"""The endpoints of the RunPod dialect."""
+
+_STATES = ["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
+_JOB = "1f0c9a52-6a0e-4c1b-9a3e-52d1b7f3a9c4"
+_PROGRESS = {
+    "stage": "training",
+    "step": 320,
+    "total_steps": 800,
+    "percent": 40.0,
+    "total_percent": 43.0,
+    "loss": 0.11,
+}
+_ERRORS = {
+    "400": ("the request breaks rules", {"error": "invalid input", "details": ["concepts: is required"]}),
+    "401": ("no key, or one that is not known", {"error": "unauthorized"}),
+    "404": ("no such endpoint or job", {"error": "job not found"}),
+    "413": ("the body is too long", {"error": "request body exceeds 10 MB"}),
+    "429": ("too many requests, or a full queue; Retry-After says when", {"error": "too many requests"}),
+    "500": ("a fault of the service", {"error": "internal error", "details": ["ref 5d1c2e"]}),
+    "503": ("a part of the service does not answer", {"error": "service unavailable"}),
+}
+
+
+def document(base_url: str) -> dict[str, Any]:
+    """The whole description.
+
+    Args:
+        base_url: where the API is, for the examples' server.
+    """
+    paths: dict[str, Any] = {}
+    for endpoint in ENDPOINTS:
+        for version in ("v1", "v2"):
+            paths |= _endpoint_paths(endpoint, version)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Likeness",
+            "version": "0.1.0",
+            "description": "Teach a text-to-image model the likeness of a subject, and draw it. "
+            "v1 and v2 serve the same jobs; v1 echoes the input, v2 shows progress as output of a running job.",
+        },
+        "servers": [{"url": base_url or "/"}],
+        "security": [{"key": []}],
+        "paths": paths | _file_paths(),
+        "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": _schemas(),
+        },
+    }
+
+
+def _endpoint_paths(endpoint: TrainingEndpoint, version: str) -> dict[str, Any]:
+    root = f"/{version}/{endpoint.ENDPOINT}"
+    wait = _query("wait", "Longest time to hold the request, 1000 to 300000 ms.", 90_000)
+    hold = _query("wait", "Longest time to hold the request, 1000 to 300000 ms.", 5_000)
+    ttl = _query("ttl", "Keep the result for this long only, at least 10000 ms.", None)
+    queued = {"id": _JOB, "status": "IN_QUEUE"}
+    job, running = _completed(), _running(version)
+    return {
+        f"{root}/run": {"post": _submit(endpoint, "Submit a training", queued, [])},
+        f"{root}/runsync": {"post": _submit(endpoint, "Submit a training and wait for it", job, [wait])},
+        f"{root}/status/{{id}}": _both("Read a job", running, [_ID, ttl], f"{version}_status"),
+        f"{root}/status-sync/{{id}}": _both("Wait for a job", job, [_ID, wait], f"{version}_status_sync"),
+        f"{root}/stream/{{id}}": _both(
+            "Progress and pictures, each once", _STREAM, [_ID, hold], f"{version}_stream"
+        ),
+        f"{root}/cancel/{{id}}": {
+            "post": _operation("Cancel a job", {**queued, "status": "CANCELLED"}, [_ID])
+        },
+        f"{root}/retry/{{id}}": {"post": _operation("Run a failed job again", queued, [_ID])},
+        f"{root}/purge-queue": {
+            "post": _operation("Cancel all queued jobs", {"removed": 3, "status": "completed"}, [])
+        },
+        f"{root}/health": {"get": _operation("Figures of jobs and workers", _HEALTH, [])},
+    }
+
+
+_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}, "description": "The job."}
+_STREAM = {"id": _JOB, "status": "IN_PROGRESS", "stream": [{"output": {"progress": _PROGRESS}}]}
+_HEALTH = {
+    "jobs": {"completed": 12, "failed": 1, "inProgress": 1, "inQueue": 0, "retried": 0},
+    "workers": {"idle": 0, "initializing": 0, "ready": 1, "running": 1, "throttled": 0, "unhealthy": 0},
+}
+
+
+def _query(name: str, meaning: str, default: int | None) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"} | ({"default": default} if default is not None else {})
+    return {"name": name, "in": "query", "required": False, "schema": schema, "description": meaning}
+
+
+def _completed() -> dict[str, Any]:
+    picture = {
+        "image": "https://likeness.example.org/files/TOKEN/0-0.png",
+        "seed": 11,
+        "prompt": "zkw dog on the moon",
+        "negative_prompt": None,
+        "guidance_scale": 7.5,
+        "inference_steps": 50,
+        "scheduler": "DDIM",
+    }
+    times = {"delayTime": 5210, "executionTime": 241377, "workerId": "trainer-7c9f4"}
+    return {"id": _JOB, "status": "COMPLETED"} | times | {"output": [picture]}
+
+
+def _running(version: str) -> dict[str, Any]:
+    body = {
+        "id": _JOB,
+        "status": "IN_PROGRESS",
+        "delayTime": 5210,
+        "executionTime": 93844,
+        "workerId": "trainer-7c9f4",
+    }
+    if version == "v2":
+        return body | {"output": {"progress": _PROGRESS}}
+    return body | {"gpu": "24", "input": dream_booth_v1.EXAMPLE, "progress": _PROGRESS}
+
+
+def _operation(summary: str, example: Any, parameters: list[dict[str, Any]]) -> dict[str, Any]:
+    responses: dict[str, Any] = {"200": _response("what was asked for", None, example)}
+    for code, (meaning, body) in _ERRORS.items():
+        responses[code] = _response(meaning, "#/components/schemas/Error", body)
+    return {"summary": summary, "parameters": parameters, "responses": responses}
+
+
+def _response(meaning: str, schema: str | None, example: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "schema": {"$ref": schema} if schema else {"type": "object"},
+        "example": example,
+    }
+    return {"description": meaning, "content": {"application/json": content}}
+
+
+def _both(summary: str, example: Any, parameters: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """An operation that old clients call by POST and others by GET."""
+    return {
+        method: _operation(summary, example, parameters) | {"operationId": f"{name}_{method}"}
+        for method in ("get", "post")
+    }
+
+
+def _submit(
+    endpoint: TrainingEndpoint, summary: str, example: Any, query: list[dict[str, Any]]
+) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "required": ["input"],
+        "properties": {
+            "input": endpoint.input_schema(),
+            "webhook": {"type": "string", "format": "uri", "description": "Told when the job has ended."},
+            "policy": {"$ref": "#/components/schemas/Policy"},
+        },
+    }
+    content = {"application/json": {"schema": schema, "example": {"input": dream_booth_v1.EXAMPLE}}}
+    body = {"requestBody": {"required": True, "content": content}}
+    return _operation(summary, example, query) | body
+
+
+def _file_paths() -> dict[str, Any]:
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "description": meaning}
+        for name, meaning in (("token", "Names the file and lets it be read."), ("name", "File name."))
+    ]
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    responses = {
+        "200": {"description": "the file", "content": {"image/png": binary}},
+        "206": {"description": "a part of it", "content": {"image/png": binary}},
+        "404": _response("expired or unknown", "#/components/schemas/Error", {"error": "file not found"}),
+    }
+    operation = {
+        "summary": "Read a picture",
+        "security": [],
+        "parameters": parameters,
+        "responses": responses,
+    }
+    return {"/files/{token}/{name}": {"get": operation}}
+
+
+def _schemas() -> dict[str, Any]:
+    span = {"type": "integer", "maximum": 604_800_000}
+    return {
+        "Error": {
+            "type": "object",
+            "required": ["error"],
+            "properties": {
+                "error": {"type": "string"},
+                "details": {"type": "array", "items": {"type": "string"}},
+            },
+        },
+        "Policy": {
+            "type": "object",
+            "description": "Limits and rank of a job; times in milliseconds.",
+            "properties": {
+                "executionTimeout": span | {"minimum": 5_000, "default": 21_600_000},
+                "ttl": span | {"minimum": 10_000, "default": 86_400_000},
+                "lowPriority": {"type": "boolean", "default": False},
+            },
+        },
+        "Status": {"type": "string", "enum": _STATES},
+    }

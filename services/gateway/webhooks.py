@@ -1,0 +1,195 @@
+"""Tells callers' addresses that their jobs have ended: at least once, in order, none skipped, across restarts.
+
+The job log says what happened, a small cursor a job says what was told. A sender claims the cursor by
+compare-and-set, posts, and moves it on; one that dies in between leaves a claim that runs out, and the next sender
+posts the same event again under the same `X-Webhook-Id`.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.domain.errors import Conflict, LikenessError
+from services.domain.job import JobKind, JobRecord, JobRef, JobState
+from services.domain.ports import Clock, JobFeed, JobLog, Revision, SmallLog
+
+logger = logging.getLogger(__name__)
+
+ID_HEADER = "X-Webhook-Id"
+SIGNATURE_HEADER = "X-Webhook-Signature"
+TOLD_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.TIMED_OUT})
+"""A cancellation is its owner's own doing and is not told."""
+POSTS_AT_ONCE = 32
+
+Post = Callable[[str, bytes, Mapping[str, str], float], Awaitable[int]]
+Render = Callable[[Revision], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookPolicy:
+    """How hard a webhook is tried.
+
+    Attributes:
+        tries: posts of one event in all.
+        pause_s: seconds between two of them.
+        timeout_s: seconds a receiver has to answer.
+        claim_s: seconds after which a claim is void, because its sender must be dead.
+        secret: key of the signature header; empty: none is sent.
+    """
+
+    tries: int = 3
+    pause_s: float = 10.0
+    timeout_s: float = 10.0
+    claim_s: float = 60.0
+    secret: bytes = b""
+
+
+class WebhookSender:
+    """Follows the log and delivers."""
+
+    def __init__(
+        self,
+        *,
+        feed: JobFeed,
+        log: JobLog,
+        hooks: SmallLog,
+        clock: Clock,
+        post: Post,
+        render: Render,
+        dialects: frozenset[str],
+        policy: WebhookPolicy = WebhookPolicy(),
+        name: str = "",
+    ) -> None:
+        """Takes the ports and the two functions that reach outside.
+
+        Args:
+            feed: the revisions as they come.
+            log: the revisions as they are.
+            hooks: the cursors.
+            clock: for pauses; what is due when goes by the log's own clock.
+            post: sends a body to an address and returns the HTTP status.
+            render: makes the body of an event.
+            dialects: whose jobs are told of here.
+            policy: how hard it is tried.
+            name: names this sender in claims.
+        """
+        self._feed, self._log, self._hooks, self._clock = feed, log, hooks, clock
+        self._post, self._render, self._dialects = post, render, dialects
+        self._policy, self._name = policy, name
+        self._busy: dict[JobRef, bool] = {}
+        self._gate = asyncio.Semaphore(POSTS_AT_ONCE)
+
+    async def run(self) -> None:
+        """Delivers for ever; what is under way when it is cancelled is delivered by the next run."""
+        async with asyncio.TaskGroup() as group:
+            async for item in self._feed.follow(JobKind.TRAIN):
+                if isinstance(item, Revision) and self._concerns(item.record):
+                    self._begin(item.record.ref, group)
+
+    def _concerns(self, record: JobRecord) -> bool:
+        """There may be something to tell: now, or left over from the run before a retry."""
+        origin = record.options.get("origin", {})
+        ours = bool(record.webhook_url) and origin.get("dialect", "") in self._dialects
+        return ours and (record.state in TOLD_STATES or record.round > 0)
+
+    def _begin(self, ref: JobRef, group: asyncio.TaskGroup) -> None:
+        """Starts a delivery of a job, or tells the one under way to look again."""
+        if ref in self._busy:
+            self._busy[ref] = True
+        else:
+            self._busy[ref] = False
+            group.create_task(self._deliver(ref))
+
+    async def _deliver(self, ref: JobRef) -> None:
+        try:
+            while True:
+                self._busy[ref] = False
+                await self._deliver_all(ref)
+                if not self._busy[ref]:
+                    return
+        finally:
+            del self._busy[ref]
+
+    async def _deliver_all(self, ref: JobRef) -> None:
+        while True:
+            try:
+                if not await self._step(ref):
+                    return
+            except Conflict:
+                continue  # another sender moved the cursor: read it again
+            except LikenessError as error:
+                logger.warning("webhook delayed", extra={"job_id": ref.id, "detail": str(error)})
+                await self._clock.sleep(self._policy.pause_s)
+
+    async def _step(self, ref: JobRef) -> bool:
+        """Waits for, or makes, one try; false when everything has been told.
+
+        Raises:
+            Conflict: another sender was faster.
+        """
+        cursor, expected = await self._hooks.read_hook(ref.project, ref.id)
+        revision = await self._next_event(ref, int(cursor.get("next", 0)) - 1)
+        if revision is None:
+            return False
+        pause_ms = int(cursor.get("due", 0)) - self._log.now_ms()
+        if pause_ms > 0:
+            await self._clock.sleep(pause_ms / 1000)
+            return True
+        tries = int(cursor.get("tries", 0)) if cursor.get("next") == revision.sequence else 0
+        claim = self._cursor(revision.sequence, tries, self._policy.claim_s)
+        claimed = await self._hooks.write_hook(ref.project, ref.id, claim, expected)
+        async with self._gate:
+            delivered = await self._try(revision)
+        after = self._after(revision, tries + 1, delivered)
+        await self._hooks.write_hook(ref.project, ref.id, after, claimed)
+        return True
+
+    async def _next_event(self, ref: JobRef, after: int) -> Revision | None:
+        revision = await self._log.next_revision(ref, max(0, after))
+        while revision is not None and not _is_told(revision.record):
+            revision = await self._log.next_revision(ref, revision.sequence)
+        return revision
+
+    def _cursor(self, following: int, tries: int, due_in_s: float) -> dict[str, Any]:
+        due = self._log.now_ms() + round(due_in_s * 1000) if due_in_s else 0
+        return {"next": following, "tries": tries, "due": due, "claimed": self._name}
+
+    def _after(self, revision: Revision, tries: int, delivered: bool) -> dict[str, Any]:
+        if delivered or tries >= self._policy.tries:
+            if not delivered:
+                extra = {"job_id": revision.record.id, "tries": tries}
+                logger.warning("webhook given up", extra=extra)
+            return self._cursor(revision.sequence + 1, 0, 0)
+        return self._cursor(revision.sequence, tries, self._policy.pause_s)
+
+    async def _try(self, revision: Revision) -> bool:
+        """Posts one event once; true when it was taken."""
+        record = revision.record
+        try:
+            body = await self._render(revision)
+            headers = self._headers(f"{record.id}.{revision.sequence}", body)
+            status = await self._post(record.webhook_url, body, headers, self._policy.timeout_s)
+        except LikenessError as error:
+            logger.info("webhook not delivered", extra={"job_id": record.id, "detail": str(error)})
+            return False
+        except Exception:
+            logger.exception("webhook failed", extra={"job_id": record.id})
+            return False
+        extra = {"job_id": record.id, "http_status": status}
+        logger.info("webhook posted", extra=extra)
+        return 200 <= status < 300
+
+    def _headers(self, event_id: str, body: bytes) -> dict[str, str]:
+        headers = {ID_HEADER: event_id}
+        if self._policy.secret:
+            digest = hmac.new(self._policy.secret, body, hashlib.sha256).hexdigest()
+            headers[SIGNATURE_HEADER] = f"sha256={digest}"
+        return headers
+
+
+def _is_told(record: JobRecord) -> bool:
+    return record.event and record.state in TOLD_STATES
