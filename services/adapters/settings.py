@@ -164,6 +164,7 @@ class NatsSettings(CommonSettings):
     def nats_servers(self) -> list[str]:
         """Addresses to connect to."""
         return [part.strip() for part in (self.nats_url or f"nats://{EMBEDDED_NATS_ADDR}").split(",")]
+
     @property
     def nats_system_servers(self) -> list[str]:
         """Addresses with a user of the system account; none without a cluster."""
