@@ -205,8 +205,12 @@ class JobIndex:
     # Work that can be taken
 
     def _enqueue(self, record: JobRecord) -> None:
-        if record.ref not in self._being_taken:
-            insort(self._queues.setdefault(_queue_of(record), []), _waiting_of(record))
+        if record.ref in self._being_taken:
+            return
+        jobs, waiting = self._queues.setdefault(_queue_of(record), []), _waiting_of(record)
+        place = bisect_left(jobs, waiting)
+        if jobs[place : place + 1] != [waiting]:
+            jobs.insert(place, waiting)
             self._work_came.set()
 
     def _dequeue(self, record: JobRecord) -> None:
