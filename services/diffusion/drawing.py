@@ -202,15 +202,13 @@ def decode(components: Components, latents: Tensor) -> Tensor:
     Raises:
         Diverged: the latents, or the pixels even in float32, are not finite.
     """
-    if not bool(torch.isfinite(latents).all()):
+    if not _is_finite(latents):
         raise Diverged("the model's output is not finite")
     scaled = latents / components.scaling_factor
     pixels = _decoded(components, scaled)
-    if not bool(torch.isfinite(pixels).all()) and components.vae.dtype != torch.float32:
+    if not _is_finite(pixels):
         pixels = _decoded_in_float32(components, scaled)
-    if not bool(torch.isfinite(pixels).all()):
-        raise Diverged("the decoded picture is not finite")
-    return (pixels / 2 + 0.5).clamp(0, 1)
+    return pixels.div_(2).add_(0.5).clamp_(0, 1)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -227,6 +225,13 @@ def _decoded_in_float32(components: Components, scaled: Tensor) -> Tensor:
     precision = components.vae.dtype
     components.vae.to(torch.float32)
     try:
-        return _decoded(components, scaled)
+        pixels = _decoded(components, scaled)
     finally:
         components.vae.to(precision)
+    if not _is_finite(pixels):
+        raise Diverged("the decoded picture is not finite")
+    return pixels
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
