@@ -17,6 +17,8 @@ from torch import Tensor
 from services.domain.errors import InvalidSpec
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+# Old configurations lack or contradict these; latents are never clipped, and the plain pipeline corrects both too.
+_LATENT_MODELS: Mapping[str, Any] = MappingProxyType({"clip_sample": False, "steps_offset": 1})
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,8 @@ def _configuration(
     row: SamplerRow, schedule: Mapping[str, Any], use_karras_sigmas: bool, algorithm: int
 ) -> dict[str, Any]:
     known = set(row.cls._get_init_keys(row.cls))
-    configuration = {key: value for key, value in schedule.items() if key in known} | dict(row.overrides)
+    settings = {**schedule, **_LATENT_MODELS, **row.overrides}
+    configuration = {key: value for key, value in settings.items() if key in known}
     if row.karras:
         configuration["use_karras_sigmas"] = use_karras_sigmas
     if row.algorithm:

@@ -45,6 +45,18 @@ def test_latents_agree_with_the_plain_pipeline(components: Components, pipeline:
     assert_close(draw_latents(components, drawing), by_pipeline(pipeline, drawing))
 
 
+def test_old_schedule_that_would_clip_latents_is_corrected_like_the_plain_pipeline_does(
+    components: Components, pipeline: Any
+) -> None:
+    old = {
+        key: value
+        for key, value in components.scheduler_config.items()
+        if key not in ("clip_sample", "steps_offset")
+    }
+    corrected = draw_latents(components.with_modules(scheduler_config=old), DRAWING)
+    assert_close(corrected, by_pipeline(pipeline, DRAWING))
+
+
 @pytest.mark.parametrize(
     "change",
     [

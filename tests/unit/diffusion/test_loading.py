@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.diffusion.drawing import Drawing, decode, draw_latents
-from services.diffusion.exporting import TEXT_ENCODER_WEIGHTS, UNET_WEIGHTS
+from services.diffusion.exporting import TEXT_ENCODER_WEIGHTS, UNET_WEIGHTS, VAE_WEIGHTS
 from services.diffusion.loading import Components, ModelFolder, load_components, load_single_file
 from services.diffusion.single_file import save_single_file
 from services.domain.errors import BadInput
@@ -93,6 +93,29 @@ def test_single_file_of_another_architecture_is_refused(
     save_single_file(load_components(sd1_model_dir), path)
     with pytest.raises(BadInput):
         load_single_file(path, embedded_model_dir)
+
+
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def old_attention_name(key: str) -> str:
+    if ".attentions." in key:
+        for new, old in OLD_ATTENTION.items():
+            key = key.replace(new, old)
+    return key
+
+
+def test_folder_as_older_libraries_wrote_it_loads_the_same(model_copy: Path, components: Components) -> None:
+    (model_copy / "tokenizer/tokenizer.json").unlink()
+    vae = load_file(model_copy / VAE_WEIGHTS)
+    old_vae = {old_attention_name(key): tensor for key, tensor in vae.items()}
+    assert old_vae.keys() != vae.keys()
+    save_file(old_vae, model_copy / VAE_WEIGHTS, {"format": "pt"})
+    text = load_file(model_copy / TEXT_ENCODER_WEIGHTS)
+    text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(text, model_copy / TEXT_ENCODER_WEIGHTS, {"format": "pt"})
+    old = load_components(model_copy)
+    assert torch.equal(decoded(old), decoded(components))
 
 
 def test_native_size_follows_the_unet_config(model_copy: Path) -> None:
