@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-SOURCES := services tests
+SOURCES := services tests examples
 
 # pip reads its own environment and configuration: a source of CPU wheels set there is honoured.
 INSTALLED := $(VENV)/.installed
@@ -61,7 +61,7 @@ test: check  ## check, then the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 demo: setup  ## train on the bundled example over HTTP, save the pictures to out/
-	$(PY) -m services.cli.demo
+	$(PY) examples/demo.py
 
 run: setup  ## serve the embedded platform until Ctrl-C
 	@exec $(PY) -m services.launcher

@@ -18,7 +18,13 @@ HERE = Path(__file__).parent
 SKY, SNOW, SAND, GRASS, NIGHT, SEA, WALL = (
     (142, 202, 230), (240, 244, 248), (233, 196, 106), (88, 149, 84), (24, 28, 58), (33, 110, 150), (205, 180, 219),
 )  # fmt: skip
-ORANGE, PURPLE, YELLOW, WHITE, BLACK = (244, 132, 32), (112, 60, 158), (250, 212, 40), (255, 255, 255), (20, 20, 24)
+ORANGE, PURPLE, YELLOW, WHITE, BLACK = (
+    (244, 132, 32),
+    (112, 60, 158),
+    (250, 212, 40),
+    (255, 255, 255),
+    (20, 20, 24),
+)
 
 SCENES = {
     "beach": (SKY, SAND, 0.62, (0.40, 0.56), 0.50),
@@ -27,7 +33,7 @@ SCENES = {
     "room": (WALL, (130, 98, 84), 0.72, (0.45, 0.60), 0.48),
     "snow": ((178, 206, 228), SNOW, 0.58, (0.56, 0.57), 0.46),
 }
-"""Place -> colour above, colour below, height of the horizon, middle of the robot, its height; as shares of the side."""
+"""Place -> colours above and below, height of the horizon, middle of the robot, its height; shares of the side."""
 
 
 def draw_scene(above: tuple[int, ...], below: tuple[int, ...], horizon: float) -> Image.Image:

@@ -1,20 +1,14 @@
-"""A whole platform as a user starts it, on free ports, with the means to hurt it."""
+"""A whole platform as a user starts it, on free ports, with the means to ask and to hurt it."""
 
 import contextlib
 import http.server
 import io
 import json
-import os
 import queue
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +17,25 @@ import httpx
 import psutil
 from likeness.storage.v1 import model_pb2, storage_service_pb2, storage_service_pb2_grpc
 
-ROOT = Path(__file__).resolve().parents[2]
+from services.launcher import platform as launcher
+
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
-READY_TIMEOUT_S = 60.0
-PORTS = ("HTTP", "TRAINING", "INFERENCE", "STORAGE", "NATS", "NATS_MONITOR")
-COMMANDS = {
-    "nats-server": "nats-server",
-    "storage": "services.storage",
-    "trainer api": "services.trainer api",
-    "inference api": "services.inference api",
-    "gateway": "services.gateway",
-    "trainer worker": "services.trainer worker",
-    "inference worker": "services.inference worker",
+PROGRAMS = {
+    "nats",
+    "storage",
+    "trainer-api",
+    "inference-api",
+    "gateway",
+    "trainer-worker",
+    "inference-worker",
 }
-"""Name of each child of the launcher -> what its command line holds."""
-
-QUICK = {"LIKENESS_LEASE_S": "3", "LIKENESS_BEAT_S": "0.5", "LIKENESS_CHECKPOINT_S": "0.5"}
-"""Settings that make faults show within seconds."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+QUICK = {
+    "LIKENESS_LEASE_S": "3",
+    "LIKENESS_BEAT_S": "0.5",
+    "LIKENESS_CHECKPOINT_S": "0.5",
+    "LIKENESS_EGRESS_ALLOW": "127.0.0.1/32",
+}
+"""Settings that make faults show within seconds, and let the platform reach the test's own servers."""
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
@@ -62,32 +49,18 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
     raise AssertionError(f"{what} did not happen within {timeout_s:.0f} s")
 
 
-@dataclass
-class Platform:
-    """The launcher and everything below it."""
+class Platform(launcher.Platform):
+    """The launcher and everything below it, with what a user of its HTTP side does."""
 
-    home: Path
-    environment: dict[str, str]
-    process: subprocess.Popen[bytes]
-    http: httpx.Client = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, home: Path) -> None:
+        super().__init__(home, launcher.free_addresses() | QUICK, free_ports=False)
         self.http = httpx.Client(base_url=self.url, timeout=15.0)
-
-    @property
-    def url(self) -> str:
-        return "http://" + self.environment["LIKENESS_HTTP_ADDR"]
-
-    @property
-    def key(self) -> str:
-        return (self.home / "api-key").read_text().strip()
 
     def address(self, name: str) -> str:
         """gRPC address of TRAINING, INFERENCE or STORAGE."""
-        return self.environment[f"LIKENESS_{name}_ADDR"]
+        return self.settings[f"LIKENESS_{name}_ADDR"]
 
     def is_ready(self) -> bool:
-        assert self.process.poll() is None, f"the launcher ended: {self.logs()}"
         with contextlib.suppress(httpx.HTTPError):
             return self.http.get("/readyz").status_code == 200
         return False
@@ -99,24 +72,11 @@ class Platform:
 
     def child(self, name: str) -> psutil.Process:
         """A child of the launcher by its name."""
-        return wait_until(lambda: self._find(name), 15.0, f"a process '{name}'")
-
-    def _find(self, name: str) -> psutil.Process | None:
-        wanted = COMMANDS[name]
-        with contextlib.suppress(psutil.Error):
-            for process in psutil.Process(self.process.pid).children():
-                with contextlib.suppress(psutil.Error):
-                    if wanted in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                        return process
-        return None
-
-    def kill(self, name: str) -> None:
-        """kill -9 of one child."""
-        self.child(name).send_signal(signal.SIGKILL)
+        return psutil.Process(self.pids()[name])
 
     def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         """An HTTP call with the development key."""
-        return self.http.request(method, path, headers={"Authorization": f"Bearer {self.key}"}, **kwargs)
+        return self.http.request(method, path, headers={"Authorization": f"Bearer {self.api_key}"}, **kwargs)
 
     def submit(self, request: Mapping[str, Any], version: str = "v2") -> str:
         answer = self.call("POST", f"/{version}/dream-booth-v1/run", json=request)
@@ -148,10 +108,7 @@ class Platform:
         """Polls until the job has reached a stage, or a step in it."""
 
         def reached() -> bool:
-            try:
-                body = self.status(job_id)
-            except httpx.HTTPError:
-                return False
+            body = self.status(job_id)
             assert body["status"] not in FINAL, f"the job ended before {stage}: {body}\n{self.logs()}"
             output = body.get("output")
             progress = output.get("progress", {}) if isinstance(output, dict) else {}
@@ -166,39 +123,12 @@ class Platform:
             request = storage_service_pb2.GetModelRequest(project_id=project, model=name)
             return stub.GetModel(request, timeout=10).model
 
-    def stop(self) -> None:
-        """Ctrl-C, and proof that nothing is left."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(40)
-        _, alive = psutil.wait_procs(children, timeout=5)
+    def stop_and_check(self) -> None:
+        """Asks the launcher to stop, and proves that nothing is left."""
+        family = psutil.Process(self.pid).children(recursive=True)
+        assert self.stop() == 0
+        _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive, f"left behind: {[process.cmdline() for process in alive]}"
-
-
-def start(home: Path, **settings: str) -> Platform:
-    """Starts a platform and waits until it is ready."""
-    ports = free_ports(len(PORTS))
-    environment = dict(os.environ)
-    environment |= {
-        f"LIKENESS_{name}_ADDR": f"127.0.0.1:{port}" for name, port in zip(PORTS, ports, strict=True)
-    }
-    environment |= {
-        "LIKENESS_HOME": str(home),
-        "LIKENESS_EGRESS_ALLOW": "127.0.0.1/32",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment |= settings
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "gen")])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.launcher"], env=environment, stdout=subprocess.DEVNULL, cwd=ROOT
-    )
-    platform = Platform(home, environment, process)
-    try:
-        wait_until(platform.is_ready, READY_TIMEOUT_S, "readiness")
-    except AssertionError as error:
-        process.kill()
-        raise AssertionError(f"{error}\n{platform.logs()}") from None
-    return platform
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safet
 @pytest.fixture(scope="module")
 def hurt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """A platform of its own for the tests that kill."""
-    started = running.start(tmp_path_factory.mktemp("home"), **running.QUICK)
+    started = running.Platform(tmp_path_factory.mktemp("home"))
+    started.start()
     yield started
-    started.stop()
+    started.stop_and_check()
 
 
 def weights_of(platform: Platform, job_id: str) -> dict[str, str]:
@@ -39,7 +40,7 @@ def test_a_killed_trainer_changes_no_bit_of_the_result(hurt: Platform, archive: 
     assert hurt.wait(undisturbed)["status"] == "COMPLETED"
     disturbed = hurt.submit(request)
     hurt.wait_for_stage(disturbed, "training", step=UPDATES // 2)
-    hurt.kill("trainer worker")
+    hurt.kill("trainer-worker")
     ended = hurt.wait(disturbed)
     assert ended["status"] == "COMPLETED", ended
     assert len(weights_of(hurt, disturbed)) == len(WEIGHTS)
@@ -48,16 +49,15 @@ def test_a_killed_trainer_changes_no_bit_of_the_result(hurt: Platform, archive: 
     assert "resum" in log.lower(), "it must have gone on from a checkpoint"
 
 
-@pytest.mark.parametrize("name", ["nats-server", "storage", "trainer api", "inference api", "gateway"])
+@pytest.mark.parametrize("name", ["nats", "storage", "trainer-api", "inference-api", "gateway"])
 def test_a_job_survives_the_death_of_any_process_in_training(hurt: Platform, archive: str, name: str) -> None:
     job_id = hurt.submit(running.small_request(archive, max_train_steps=UPDATES))
     hurt.wait_for_stage(job_id, "training", step=5)
-    before = hurt.child(name).pid
-    hurt.kill(name)
+    before = hurt.kill(name)
     ended = hurt.wait(job_id)
     assert ended["status"] == "COMPLETED", f"{ended}\n{hurt.logs()}"
     assert len(ended["output"]) == 2
-    assert hurt.child(name).pid != before, "the launcher must have started it again"
+    assert hurt.wait_for_restart(name, before) != before
     running.wait_until(hurt.is_ready, 30, "readiness after the kill")
 
 
@@ -65,7 +65,7 @@ def test_a_job_survives_the_death_of_the_inference_worker(hurt: Platform, archiv
     samples = [{"prompt": "sks robot", "seed": 3, "infer_steps": 150}]
     job_id = hurt.submit(running.small_request(archive, max_train_steps=2, samples=samples))
     hurt.wait_for_stage(job_id, "sampling")
-    hurt.kill("inference worker")
+    hurt.kill("inference-worker")
     ended = hurt.wait(job_id)
     assert ended["status"] == "COMPLETED", ended
     assert [image["seed"] for image in ended["output"]] == [3]
@@ -74,14 +74,14 @@ def test_a_job_survives_the_death_of_the_inference_worker(hurt: Platform, archiv
 def test_a_worker_that_slept_past_its_lease_never_becomes_visible(hurt: Platform, archive: str) -> None:
     job_id = hurt.submit(running.small_request(archive, max_train_steps=UPDATES))
     hurt.wait_for_stage(job_id, "training", step=5)
-    sleeper = hurt.child("trainer worker")
+    sleeper = hurt.child("trainer-worker")
     family = [sleeper, *sleeper.children(recursive=True)]
     first = hurt.status(job_id)["workerId"]
     for process in family:
         process.send_signal(signal.SIGSTOP)
     second = subprocess.Popen(
         [sys.executable, "-m", "services.trainer", "worker"],
-        env=hurt.environment | {"LIKENESS_CACHE": str(hurt.home / "second-cache")}, cwd=running.ROOT,
+        env=os.environ | hurt.settings | {"LIKENESS_HOME": str(hurt.home / "second")},
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -103,20 +103,21 @@ def test_a_worker_that_slept_past_its_lease_never_becomes_visible(hurt: Platform
 
 
 def test_a_killed_launcher_leaves_no_orphan_and_its_home_serves_again(tmp_path: Path, archive: str) -> None:
-    first = running.start(tmp_path, **running.QUICK)
-    job_id = first.submit(running.small_request(archive, max_train_steps=UPDATES))
-    first.wait_for_stage(job_id, "training", step=2)
-    family = psutil.Process(first.process.pid).children(recursive=True)
-    assert len(family) >= len(running.COMMANDS)
-    os.kill(first.process.pid, signal.SIGKILL)
-    first.process.wait()
+    platform = running.Platform(tmp_path)
+    platform.start()
+    key = platform.api_key
+    job_id = platform.submit(running.small_request(archive, max_train_steps=UPDATES))
+    platform.wait_for_stage(job_id, "training", step=2)
+    assert platform.pids().keys() >= running.PROGRAMS
+    family = psutil.Process(platform.pid).children(recursive=True)
+    platform.kill_launcher()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive, [process.cmdline() for process in alive]
-    second = running.start(tmp_path, **running.QUICK)
+    platform.start()
     try:
-        assert second.key == first.key
-        assert second.wait(job_id)["status"] == "COMPLETED"
+        assert platform.api_key == key
+        assert platform.wait(job_id)["status"] == "COMPLETED"
     finally:
-        second.stop()
+        platform.stop_and_check()
     with pytest.raises(httpx.ConnectError):
-        second.http.get("/healthz")
+        platform.http.get("/healthz")

@@ -153,7 +153,7 @@ def test_faults_of_a_specification_are_named_together(training: Reflected) -> No
         training.call("likeness.training.v1.TrainingService/CreateTrainingJob", project_id=DEV, spec=spec)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     for field in ("concepts", "max_train_steps", "learning_rate"):
-        assert field in caught.value.details()
+        assert field in str(caught.value.details())
 
 
 def test_another_project_does_not_find_the_job(training: Reflected, archive: str) -> None:

@@ -119,7 +119,7 @@ def test_the_unmodified_python_sdk_works(platform: Platform, archive: str) -> No
     request = running.small_request(archive, max_train_steps=3)
     environment = os.environ | {"RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2"}
     done = subprocess.run(
-        [sys.executable, "-c", SDK_SCRIPT, platform.key, json.dumps(request)],
+        [sys.executable, "-c", SDK_SCRIPT, platform.api_key, json.dumps(request)],
         env=environment, capture_output=True, text=True, timeout=170, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + platform.logs()
