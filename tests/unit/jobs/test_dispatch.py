@@ -21,6 +21,10 @@ def finish_move(epoch: int, name: str = "x") -> Move:
     return lambda record: life.report_finished(record, epoch, {"effective_prompt": name}, 0)
 
 
+def fail_move(epoch: int, failure: JobFailure) -> Move:
+    return lambda record: life.report_failed(record, epoch, failure, True, 0)
+
+
 async def report(core: JobCore, taken: Revision, number: int, move: Move, worker: str = "") -> Revision:
     record = taken.record
     return await core.dispatcher.report(record.ref, record.epoch, number, worker or record.worker, move)
@@ -328,9 +332,7 @@ async def test_a_failure_is_tried_again_until_the_attempts_are_used_up(platform:
         for state in (JobState.QUEUED, JobState.FAILED):
             taken = await take_one(core)
             epoch = taken.record.epoch
-            ended = await report(
-                core, taken, 1, lambda r, e=epoch: life.report_failed(r, e, failure, True, 0)
-            )
+            ended = await report(core, taken, 1, fail_move(epoch, failure))
             assert ended.record.state is state
 
 
