@@ -30,8 +30,6 @@ from services.domain.errors import BadInput, Unavailable
 logger = logging.getLogger(__name__)
 
 HOLDERS = "holders"
-PLACE_TRIES = 5
-"""An eviction by another process can come between a download and its use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +92,12 @@ class BlobCache:
             Unavailable: storage does not answer, or the machine has no room.
         """
         await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
-        for _ in range(PLACE_TRIES):
-            await self._ensure(storage, key, size_bytes)
-            try:
-                await asyncio.to_thread(_link, self.path_of(key), target)
-                return target
-            except FileNotFoundError:
-                continue
-        raise Unavailable("the local cache is too small for what is in use at once")
+        path = self.path_of(key)
+        async with self._busy.setdefault(path.name, asyncio.Lock()):
+            if not await asyncio.to_thread(_linked, path, target, size_bytes):
+                await self._download(storage, key, target)
+        await asyncio.to_thread(self.evict)
+        return target
 
     async def fetch_model(self, storage: StorageClient, model: Model | str) -> FetchedModel:
         """Makes a model's folder out of the cache, fetching what is missing.
@@ -159,21 +155,15 @@ class BlobCache:
             await self.place(storage, component.key, target, component.size_bytes)
         building.rename(folder)
 
-    async def _ensure(self, storage: StorageClient, key: str, size_bytes: int | None) -> None:
-        path = self.path_of(key)
-        async with self._busy.setdefault(path.name, asyncio.Lock()):
-            if await asyncio.to_thread(_touched, path, size_bytes):
-                return
-            await self._download(storage, key, path)
-        await asyncio.to_thread(self.evict)
-
-    async def _download(self, storage: StorageClient, key: str, path: Path) -> None:
+    async def _download(self, storage: StorageClient, key: str, target: Path) -> None:
+        """Fetches a blob; the caller's link comes before it can be evicted."""
         incoming = self._holder.new_path()
         started = time.monotonic()
         try:
             size = await storage.download_blob(key, incoming)
             incoming.chmod(0o444)
-            os.replace(incoming, path)
+            await asyncio.to_thread(_link, incoming, target)
+            os.replace(incoming, self.path_of(key))
         except OSError as error:
             raise Unavailable(f"the local cache cannot take a blob: {error.strerror}") from error
         finally:
@@ -187,17 +177,19 @@ class BlobCache:
                 yield path, path.stat()
 
 
-def _touched(path: Path, size_bytes: int | None) -> bool:
-    """Notes a use of a copy; False when it is not there or has another size."""
+def _linked(path: Path, target: Path, size_bytes: int | None) -> bool:
+    """Links a copy and notes its use; False when it is not there (any more) or has another size."""
     try:
         stat = path.stat()
         if size_bytes is not None and stat.st_size != size_bytes:
             path.unlink(missing_ok=True)
             return False
-        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
-        return True
+        _link(path, target)
     except FileNotFoundError:
         return False
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
+    return True
 
 
 def _link(source: Path, target: Path) -> None:

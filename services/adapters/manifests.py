@@ -33,7 +33,10 @@ def from_json(data: bytes, kind: type[M]) -> M:
         BadInput: not such a document.
     """
     try:
-        return ParseDict(json.loads(data), kind(), ignore_unknown_fields=True)
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise ParseError("not an object")
+        return ParseDict(content, kind(), ignore_unknown_fields=True)
     except (ValueError, ParseError) as error:
         raise BadInput(f"the document is not a {kind.DESCRIPTOR.name}") from error
 

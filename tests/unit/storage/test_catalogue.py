@@ -1,0 +1,230 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+from likeness.storage.v1.artifact_pb2 import Blob
+from likeness.storage.v1.model_pb2 import MODEL_FORMAT_DIFFUSERS, MODEL_FORMAT_SINGLE_FILE
+
+from services.adapters.memory_artifacts import InMemoryArtifactStore
+from services.domain.errors import BadInput, InvalidSpec, NotFound
+from services.storage.blobs import Blobs
+from services.storage.catalogue import (
+    DEFAULT_CATALOGUE,
+    EMBEDDED_NOTE,
+    Catalogue,
+    CatalogueEntry,
+    CataloguePlaces,
+    read_catalogue,
+)
+from services.storage.documents import Documents
+from services.storage.registry import ModelRegistry
+from tests.unit.storage.model_folders import write_model_folder, write_safetensors
+
+CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+class CountingBlobs(Blobs):
+    """Knows how many files were hashed and stored."""
+
+    files = 0
+
+    async def put_file(self, project: str, path: Path, media_type: str) -> Blob:
+        self.files += 1
+        return await super().put_file(project, path, media_type)
+
+
+class World:
+    """A store in memory, a home on disk."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.store = InMemoryArtifactStore()
+        self.blobs = CountingBlobs(self.store, home / "work")
+        self.registry = ModelRegistry(self.blobs, Documents(self.store), lambda: 1_700_000_000_000, "pocket")
+
+    def catalogue(self, **entries: CatalogueEntry) -> Catalogue:
+        places = CataloguePlaces(self.home, self.home / "work")
+        return Catalogue(
+            entries or DEFAULT_CATALOGUE, self.registry, self.blobs, Documents(self.store), places
+        )
+
+    async def start(self, **entries: CatalogueEntry) -> int:
+        """Runs a catalogue's start; returns how many files it stored."""
+        before = self.blobs.files
+        await self.catalogue(**entries).run()
+        return self.blobs.files - before
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def entry_of(path: Path, **fields: object) -> CatalogueEntry:
+    return CatalogueEntry(source=f"file:{path}", **fields)  # type: ignore[arg-type]
+
+
+async def test_the_embedded_model_is_imported_by_default(world: World) -> None:
+    write_model_folder(world.home / "models/pocket")
+    assert await world.start() == 10
+    model = await world.registry.get("dev", "")
+    assert (model.model, model.project_id, model.manifest.note) == ("pocket", "", EMBEDDED_NOTE)
+    assert (model.manifest.format, model.manifest.native_size_px) == (MODEL_FORMAT_DIFFUSERS, 64)
+    assert len(model.manifest.components) == 10
+    for component in model.manifest.components:
+        assert component.key.startswith("shared/blobs/sha256/")
+        stored = await world.blobs.read_small(component.key, 10_000)
+        assert stored == (world.home / "models/pocket" / component.path).read_bytes()
+
+
+async def test_an_unchanged_model_is_not_read_again(world: World) -> None:
+    write_model_folder(world.home / "models/pocket")
+    await world.start()
+    before = await world.registry.get("", "pocket")
+    assert await world.start() == 0
+    assert await world.registry.get("", "pocket") == before
+
+
+async def test_a_changed_model_is_imported_again(world: World) -> None:
+    write_model_folder(world.home / "models/pocket")
+    await world.start()
+    before = await world.registry.get("", "pocket")
+    write_model_folder(world.home / "models/pocket", fill=b"\1")
+    assert await world.start() == 10
+    after = await world.registry.get("", "pocket")
+    changed = {c.path for c in after.manifest.components} - {
+        c.path for c in after.manifest.components if c in before.manifest.components
+    }
+    assert changed == {"unet/diffusion_pytorch_model.safetensors"}
+    assert (await world.registry.get("", before.manifest_digest)).manifest == before.manifest
+
+
+async def test_what_an_entry_says_goes_into_the_manifest(world: World) -> None:
+    toml = world.home / "models.toml"
+    toml.write_text(
+        f"""
+        ["sd-1.5"]
+        source = "file:{write_model_folder(world.home / "sd")}"
+        display_name = "Stable Diffusion"
+        family = "sd1"
+        license = "openrail"
+        trigger_words = ["sks"]
+        aliases = ["sd15"]
+        native_size_px = 512
+        clip_skip = 1
+        note = "a remark"
+        ["sd-1.5".training_defaults]
+        full_learning_rate = 2e-6
+        lora_rank = 8
+        """
+    )
+    await world.start(**read_catalogue(toml))
+    model = await world.registry.get("dev", "sd15")
+    manifest = model.manifest
+    assert (model.model, model.display_name, list(model.aliases)) == ("sd-1.5", "Stable Diffusion", ["sd15"])
+    assert (manifest.family, manifest.license, manifest.native_size_px) == ("sd1", "openrail", 512)
+    assert (manifest.clip_skip, manifest.note, list(manifest.trigger_words)) == (1, "a remark", ["sks"])
+    assert manifest.training_defaults.full_learning_rate == 2e-6
+    assert manifest.training_defaults.lora_rank == 8
+
+
+async def test_a_changed_entry_is_imported_again(world: World) -> None:
+    folder = write_model_folder(world.home / "m")
+    await world.start(m=entry_of(folder))
+    await world.start(m=entry_of(folder, note="new"))
+    assert (await world.registry.get("", "m")).manifest.note == "new"
+
+
+async def test_a_changed_alias_alone_takes_effect(world: World) -> None:
+    folder = write_model_folder(world.home / "m")
+    await world.start(m=entry_of(folder))
+    await world.start(m=entry_of(folder, aliases=("n",)))
+    assert (await world.registry.get("", "n")).model == "m"
+
+
+async def test_a_single_file_is_a_model_too(world: World) -> None:
+    path = write_safetensors(world.home / "x.safetensors", {CROSS: [1, 768], FIRST: [320, 1]})
+    await world.start(x=entry_of(path))
+    manifest = (await world.registry.get("", "x")).manifest
+    assert (manifest.format, manifest.family, manifest.native_size_px) == (
+        MODEL_FORMAT_SINGLE_FILE,
+        "sd1",
+        512,
+    )
+    assert [component.path for component in manifest.components] == ["model.safetensors"]
+
+
+async def test_a_model_that_left_the_catalogue_is_unlisted(world: World) -> None:
+    folder = write_model_folder(world.home / "m")
+    await world.start(m=entry_of(folder), n=entry_of(folder))
+    await world.start(n=entry_of(folder))
+    with pytest.raises(NotFound):
+        await world.registry.get("", "m")
+    assert (await world.registry.get("", "n")).model == "n"
+
+
+async def test_a_missing_model_does_not_keep_the_others_out(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_model_folder(world.home / "m")
+    await world.start(gone=entry_of(world.home / "gone"), m=entry_of(folder))
+    assert (await world.registry.get("", "m")).model == "m"
+    assert "model not imported" in caplog.text
+
+
+async def test_a_missing_model_is_looked_for_again_when_asked_for(world: World) -> None:
+    catalogue = world.catalogue(m=entry_of(world.home / "m"))
+    await catalogue.run()
+    with pytest.raises(BadInput, match="no model at m"):
+        await catalogue.ensure("m")
+    write_model_folder(world.home / "m")
+    await catalogue.ensure("m")
+    assert (await world.registry.get("", "m")).model == "m"
+
+
+async def test_a_model_whose_folder_went_away_is_kept(world: World) -> None:
+    folder = write_model_folder(world.home / "m")
+    await world.start(m=entry_of(folder))
+    folder.rename(world.home / "elsewhere")
+    await world.start(m=entry_of(folder))
+    assert (await world.registry.get("", "m")).model == "m"
+
+
+async def test_callers_wait_for_one_import(world: World) -> None:
+    write_model_folder(world.home / "models/pocket")
+    catalogue = world.catalogue()
+    await asyncio.gather(catalogue.run(), *(catalogue.ensure("pocket") for _ in range(5)))
+    assert world.blobs.files == 10
+
+
+async def test_names_that_are_not_the_catalogues_are_left_alone(world: World) -> None:
+    await world.catalogue().ensure("somebody-elses")
+    assert world.blobs.files == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('[m]\nsource = "ftp:x"', "m.source"),
+        ("[m]\n", "m.source"),
+        ('[m]\nsource = "embedded"\nlicence = "x"', "m.licence"),
+        ('[m]\nsource = "embedded"\nnative_size_px = -1', "m.native_size_px"),
+        ('["a/b"]\nsource = "embedded"', "a/b"),
+        ('[m]\nsource = "embedded"\naliases = ["a/b"]', "m"),
+        ('[m]\nsource = "embedded"\n[m.training_defaults]\nrank = 1', "m.training_defaults.rank"),
+        ("m = 1", "m"),
+        ("[m", ""),
+    ],
+)
+def test_a_wrong_catalogue_is_refused_naming_the_place(tmp_path: Path, text: str, field: str) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidSpec) as refusal:
+        read_catalogue(path)
+    assert refusal.value.violations[0].field == field
+
+
+def test_a_catalogue_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpec, match=r"models\.toml"):
+        read_catalogue(tmp_path / "models.toml")
