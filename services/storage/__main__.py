@@ -1,9 +1,11 @@
 """`python -m services.storage`: StorageService and AccessService over an artifact store."""
 
 import asyncio
+import sys
 
-from services.adapters.settings import StorageSettings, load_or_exit
+from services.adapters.settings import CONFIGURATION_FAULT, StorageSettings, load_or_exit
 from services.adapters.telemetry import configure_logging
+from services.domain.errors import InvalidSpec
 from services.storage.server import serve
 
 
@@ -11,7 +13,11 @@ def main() -> None:
     """Serves until SIGTERM."""
     settings = load_or_exit(StorageSettings)
     configure_logging("storage", level=settings.log_level, log_format=settings.log_format)
-    asyncio.run(serve(settings))
+    try:
+        asyncio.run(serve(settings))
+    except InvalidSpec as error:
+        sys.stderr.write(f"wrong settings:\n  {error}\n")
+        raise SystemExit(CONFIGURATION_FAULT) from None
 
 
 if __name__ == "__main__":
