@@ -124,7 +124,7 @@ async def _created(connection: Connection, name: str, wanted: Mapping[str, Any])
     while True:
         try:
             answer = await connection.ask(subjects.stream_api("CREATE", name), wanted)
-            logger.warning("made stream %s", name)
+            logger.info("made stream %s", name)
             return dict(answer["config"])
         except (NoAnswer, NotSent, Refused) as error:
             passing = not isinstance(error, Refused) or error.code == 503 or error.err_code == 10005
