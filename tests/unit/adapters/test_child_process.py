@@ -127,6 +127,11 @@ def test_only_what_libraries_need_is_passed_on() -> None:
     assert child_environ(given).keys().isdisjoint({"LIKENESS_HOME", "API_KEY"})
 
 
+def test_math_threads_sleep_while_they_wait_unless_the_operator_says_otherwise() -> None:
+    assert child_environ({})["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert child_environ({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 async def test_a_child_that_ends_well_ends_its_events(start: Start) -> None:
     child, events = await start()
     await anext(events)
