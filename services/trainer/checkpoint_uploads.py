@@ -69,10 +69,14 @@ class CheckpointUploads:
     async def _store(self, held: Path, step: int) -> None:
         project = self._handle.project_id
         files = []
-        for path in await asyncio.to_thread(sorted, held.iterdir()):
+        for path in await asyncio.to_thread(_files_of, held):
             blob = await self._storage.upload_file(project, path, media_type_of(path.name))
             files.append({"name": path.name, "key": blob.key, "size_bytes": blob.size_bytes})
         document = {"job": self._handle.job_id, "step": step, "folder": held.name, "files": files}
         manifest = await self._storage.upload_document(project, document)
         await self._handle.checkpoint(manifest.key, step)
         logger.info("checkpoint stored", extra={"step": step})
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())

@@ -1,0 +1,75 @@
+"""A training child without torch that behaves as its command line says; what it exports are a few bytes."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from services.adapters.child_process import ParentLink
+
+TOTAL = 1000
+
+
+def progress(step: int) -> dict[str, Any]:
+    numbers = {"loss": 0.5, "learning_rate": 1e-6, "gradient_norm": float("nan"), "seconds_left": 9.0}
+    return {"event": "progress", "step": step, "total_steps": TOTAL, "images_per_second": 4.0, **numbers}
+
+
+def ended(ending: str, folder: Path, *, files: bool = True) -> dict[str, Any]:
+    path = folder / "weights"
+    path.write_bytes(b"trained weights")
+    file = {"path": "unet/diffusion_pytorch_model.safetensors", "file": str(path)}
+    return {
+        "event": "ended",
+        "ending": ending,
+        "step": 12,
+        "final_loss": 0.25,
+        "files": [file] if files else [],
+        "checkpoint": None,
+        "warnings": ["a remark"],
+        "report": {"versions": {"torch": "0"}},
+        "execution_summary": "fp32",
+    }
+
+
+def save_checkpoint(folder: Path, step: int) -> dict[str, Any]:
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(str(step))
+    return {"event": "checkpoint", "folder": str(checkpoint), "step": step}
+
+
+def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
+    folder = Path(command["workdir"])
+    link.emit({"event": "stage", "stage": "loading"})
+    link.emit({"event": "stage", "stage": "training"})
+    if scenario == "hangs":
+        time.sleep(600)
+    if scenario == "dies":
+        link.emit(save_checkpoint(folder, 3))
+        time.sleep(0.5)
+        raise SystemExit(9)
+    if scenario == "fails":
+        failure = {"reason": "BAD_INPUT", "message": "the model is broken", "field": "base_model"}
+        link.emit({"event": "failed", "retryable": False, **failure})
+    elif scenario == "diverges":
+        link.emit(ended("diverged", folder))
+    elif scenario == "diverges at once":
+        link.emit(ended("diverged", folder, files=False))
+    elif scenario == "trains for ever":
+        for step in range(1, TOTAL * 100):
+            link.emit(progress(step))
+            time.sleep(0.02)
+    else:
+        link.emit(progress(12))
+        link.emit(ended("trained", folder))
+
+
+def main() -> None:
+    link = ParentLink.from_environ()
+    link.emit({"event": "ready", "device": "cpu", "memory_bytes": 0})
+    work(link, sys.argv[1], next(link.commands()))
+
+
+if __name__ == "__main__":
+    main()
