@@ -144,7 +144,8 @@ class Connection:
             reconnected_cb=connection._on_reconnected,
         )
         try:
-            await asyncio.wait_for(connecting, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await connecting
         except (TimeoutError, OSError, nats.errors.Error) as error:
             raise Unavailable(f"no job log answers at {', '.join(servers)}") from error
         connection._clock_task = asyncio.create_task(connection._keep_clock())
@@ -195,12 +196,14 @@ class Connection:
         """
         extra = dict(headers) if headers else None
         try:
-            return await self._client.request(subject, payload, timeout=REQUEST_TIMEOUT_S, headers=extra)
+            # The library's own timeout (asyncio.wait_for) loses a cancellation that comes together with the answer.
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                return await self._client.request(subject, payload, timeout=None, headers=extra)  # type: ignore[arg-type]
         except nats.errors.OutboundBufferLimitError as error:
             raise NotSent(str(error)) from error
         except nats.errors.ConnectionClosedError as error:
             raise Unavailable("the connection to the job log has ended") from error
-        except (nats.errors.TimeoutError, nats.errors.NoRespondersError, TimeoutError) as error:
+        except (TimeoutError, nats.errors.TimeoutError, nats.errors.NoRespondersError) as error:
             raise NoAnswer(str(error)) from error
 
     async def ask(
@@ -287,7 +290,8 @@ class Connection:
         found: list[StoredMessage] = []
         while True:
             try:
-                message = await asyncio.wait_for(answers.get(), REQUEST_TIMEOUT_S)
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    message = await answers.get()
             except TimeoutError as error:
                 raise NoAnswer("the answer broke off") from error
             headers = message.headers or {}

@@ -148,7 +148,8 @@ class PullConsumer:
     async def _next(self) -> Msg:
         if self._arrived.empty():
             try:
-                message = await asyncio.wait_for(self._arrived.get(), SILENCE_S)
+                async with asyncio.timeout(SILENCE_S):
+                    message = await self._arrived.get()
             except TimeoutError as error:
                 raise ConsumerLost("silence") from error
         else:
