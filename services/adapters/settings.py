@@ -220,6 +220,9 @@ class WorkerSettings(ServerSettings, StorageAddress):
     )
     beat_s: float = setting(5.0, "Time between two signs of life of a worker.", unit="s", gt=0)
     device: str = setting("auto", "Device that computes: auto, cpu, cuda or cuda:N.")
+    cpu_threads: int = setting(
+        0, "Threads that compute on a CPU; 0: half of the cores, at least one.", ge=0, le=1024
+    )
     cache: Path | None = setting(
         None, "Folder of models that a worker has fetched; default: cache under LIKENESS_HOME."
     )

@@ -1,5 +1,7 @@
 """Which device and precision models run on, and how a device that is too small is recognised."""
 
+import os
+
 import torch
 
 from services.domain.errors import InvalidSpec, OutOfDeviceMemory
@@ -21,6 +23,21 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InvalidSpec(f"{name} is not a device of this machine", "device") from error
     return device
+
+
+def use_cpu_threads(count: int = 0) -> int:
+    """Sets how many threads compute on the CPU.
+
+    Args:
+        count: threads; 0: half of the cores that this process may use, at least one, since a trainer and a drawer
+            share the machine and threads that wait for each other's cores are slower than one.
+
+    Returns:
+        The number set.
+    """
+    threads = count or max(1, len(os.sched_getaffinity(0)) // 2)
+    torch.set_num_threads(threads)
+    return threads
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:

@@ -60,6 +60,7 @@ async def run_worker(settings: InferenceWorkerSettings) -> None:
 def _child_arguments(settings: InferenceWorkerSettings) -> list[str]:
     return [
         f"--device={settings.device}",
+        f"--cpu-threads={settings.cpu_threads}",
         f"--batch-cap={settings.batch_cap}",
         f"--model-memory-bytes={settings.model_memory_bytes}",
     ]

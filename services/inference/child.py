@@ -29,6 +29,7 @@ from services.diffusion.devices import (
     device_name,
     inference_dtype,
     pick_device,
+    use_cpu_threads,
 )
 from services.diffusion.loading import Components, quiet_libraries
 from services.domain.errors import InvalidSpec, public_text, row_of
@@ -261,6 +262,7 @@ def _reraise_if_fatal(error: Exception) -> None:
 def _arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="draws pictures for the worker that started it")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--cpu-threads", type=int, default=0)
     parser.add_argument("--batch-cap", type=int, default=1)
     parser.add_argument("--model-memory-bytes", type=int, default=0)
     return parser.parse_args(words)
@@ -272,6 +274,7 @@ def main() -> None:
     configure_logging("inference child")
     quiet_libraries()
     link = ParentLink.from_environ()
+    use_cpu_threads(arguments.cpu_threads)
     device = pick_device(arguments.device)
     budget = memory_budget_bytes(device, arguments.model_memory_bytes)
     models = ModelCache(budget, device, inference_dtype(device))

@@ -24,7 +24,7 @@ GRACE_SHARE = 0.75
 async def run_worker(settings: TrainerWorkerSettings) -> None:
     """Takes trainings until a signal comes."""
     cache = BlobCache(settings.cache_path, settings.cache_bytes)
-    process = TrainingProcess(f"--device={settings.device}")
+    process = TrainingProcess(f"--device={settings.device}", f"--cpu-threads={settings.cpu_threads}")
     stopping = asyncio.Event()
     try:
         await process.until_ready()

@@ -21,7 +21,13 @@ from likeness.training.v1 import training_job_pb2 as pb
 
 from services.adapters.child_process import ParentLink
 from services.adapters.telemetry import configure_logging
-from services.diffusion.devices import as_device_memory_error, device_memory_bytes, device_name, pick_device
+from services.diffusion.devices import (
+    as_device_memory_error,
+    device_memory_bytes,
+    device_name,
+    pick_device,
+    use_cpu_threads,
+)
 from services.diffusion.loading import quiet_libraries
 from services.domain.errors import InvalidSpec, OutOfDeviceMemory, public_text, row_of
 from services.trainer.checkpoint import CheckpointDamaged, CheckpointMismatch
@@ -160,6 +166,7 @@ def failed_event(error: Exception) -> dict[str, Any]:
 def _arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="trains a model for the worker that started it")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--cpu-threads", type=int, default=0)
     return parser.parse_args(words)
 
 
@@ -169,6 +176,7 @@ def main() -> None:
     configure_logging("trainer child")
     quiet_libraries()
     link = ParentLink.from_environ()
+    use_cpu_threads(arguments.cpu_threads)
     device = pick_device(arguments.device)
     # On a CPU equal runs give equal bits at no cost; on a GPU that would cost speed, so there it stays off.
     torch.use_deterministic_algorithms(device.type == "cpu")
