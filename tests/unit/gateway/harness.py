@@ -1,0 +1,265 @@
+"""A gateway over the real TrainingService and job core in memory, with small stand-ins for storage and access."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from likeness.access.v1 import access_service_pb2 as access_pb
+from likeness.access.v1.access_service_pb2_grpc import (
+    AccessServiceServicer,
+    AccessServiceStub,
+    add_AccessServiceServicer_to_server,
+)
+from likeness.storage.v1 import storage_service_pb2 as storage_pb
+from likeness.storage.v1.storage_service_pb2_grpc import (
+    StorageServiceServicer,
+    add_StorageServiceServicer_to_server,
+)
+from likeness.training.v1.training_service_pb2_grpc import (
+    TrainingServiceStub,
+    add_TrainingServiceServicer_to_server,
+)
+
+from services.adapters.egress import Egress
+from services.adapters.grpc_client import Channel
+from services.adapters.grpc_server import GrpcServer
+from services.adapters.memory import MemoryPlatform, RealClock
+from services.adapters.storage_client import StorageClient
+from services.domain import job as life
+from services.domain.errors import NotFound, Unauthenticated, Unavailable
+from services.domain.job import JobFailure, JobKind, JobRecord, JobRef
+from services.gateway.app import Parts, create_app
+from services.gateway.auth import Authenticator
+from services.gateway.dialects.runpod import envelope as wire
+from services.gateway.files import Links
+from services.gateway.jobs import Jobs
+from services.gateway.limits import QueueLimit, RateLimiter
+from services.gateway.openapi import ENDPOINTS
+from services.gateway.runpod import RunpodApi
+from services.gateway.streams import Streams
+from services.jobs.core import JobCore
+from services.trainer.servicer import TrainingServicer
+
+KEY, OTHER_KEY = "lk-first", "lk-second"
+INPUT = {
+    "concepts": [
+        {
+            "instance_data": "https://files.example.org/rex.zip",
+            "instance_prompt": "photo of zkw dog",
+            "class_prompt": "photo of a dog",
+        }
+    ],
+    "samples": [{"prompt": "zkw dog on the moon", "num_outputs": 2, "seed": 11}],
+}
+
+
+class FakeAccess(AccessServiceServicer):
+    """Two projects with a key each; counts the questions."""
+
+    def __init__(self) -> None:
+        self.questions = 0
+        self.projects = {KEY: "first", OTHER_KEY: "second"}
+        self.scopes: list[str] = []
+        self.limits = access_pb.Limits()
+        self.down = False
+
+    async def CheckKey(self, request: Any, context: Any) -> access_pb.CheckKeyResponse:
+        self.questions += 1
+        if self.down:
+            raise Unavailable("access is away")
+        project = self.projects.get(request.secret)
+        if project is None:
+            raise Unauthenticated("unknown key")
+        key = access_pb.Key(key_id=f"k-{project}", project_id=project, scopes=self.scopes)
+        return access_pb.CheckKeyResponse(
+            key=key, project=access_pb.Project(project_id=project, limits=self.limits)
+        )
+
+
+class FakeStorage(StorageServiceServicer):
+    """Pictures by key, and links to them."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.links: dict[tuple[str, str], str] = {}
+
+    async def CreateFileLink(self, request: Any, context: Any) -> storage_pb.CreateFileLinkResponse:
+        if request.key not in self.blobs:
+            raise NotFound("no such artifact")
+        token = f"token{len(self.links)}"
+        self.links[token, request.file_name] = request.key
+        response = storage_pb.CreateFileLinkResponse()
+        response.link.path = f"/files/{token}/{request.file_name}"
+        response.link.expire_time.GetCurrentTime()
+        response.link.expire_time.seconds += 604_800
+        return response
+
+    async def ReadFile(self, request: Any, context: Any) -> AsyncIterator[storage_pb.ReadFileResponse]:
+        key = self.links.get((request.token, request.file_name), "")
+        if key not in self.blobs:
+            raise NotFound("no such link")
+        data = self.blobs[key]
+        end = request.offset_bytes + request.limit_bytes if request.limit_bytes else len(data)
+        first = storage_pb.ReadFileResponse()
+        first.blob.key, first.blob.digest = key, hashlib.sha256(data).hexdigest()
+        first.blob.size_bytes, first.blob.media_type = len(data), "image/png"
+        yield first
+        for start in range(request.offset_bytes, end, 1024):
+            yield storage_pb.ReadFileResponse(data=data[start : min(end, start + 1024)])
+
+
+class MemoryDocuments:
+    """Long documents in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+
+    async def put(self, project: str, data: bytes) -> str:
+        key = f"projects/{project}/{hashlib.sha256(data).hexdigest()}"
+        self.held[key] = data
+        return key
+
+    async def get(self, key: str) -> bytes:
+        return self.held[key]
+
+
+@dataclass
+class World:
+    """A gateway and what lies behind it."""
+
+    platform: MemoryPlatform
+    core: JobCore
+    access: FakeAccess
+    storage: FakeStorage
+    jobs: Jobs
+    api: RunpodApi
+    parts: Parts
+    http: httpx.AsyncClient
+    ready: dict[str, bool] = field(default_factory=lambda: {"storage": True, "training": True})
+
+    async def call(self, method: str, path: str, key: str | None = KEY, **kwargs: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= kwargs.pop("headers", {})
+        return await self.http.request(method, path, headers=headers, **kwargs)
+
+    async def submit(self, version: str = "v2", key: str = KEY, **envelope: Any) -> str:
+        body = {"input": INPUT} | envelope
+        answer = await self.call("POST", f"/{version}/dream-booth-v1/run", key, json=body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    async def status(self, job_id: str, version: str = "v2") -> dict[str, Any]:
+        answer = await self.call("GET", f"/{version}/dream-booth-v1/status/{job_id}")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def move(
+        self, job_id: str, *moves: Callable[[JobRecord, int], JobRecord], project: str = "first"
+    ) -> None:
+        """Writes the next revisions of a job, as the api and the workers would."""
+        ref = JobRef(JobKind.TRAIN, project, job_id)
+        for move in moves:
+            await self.core.records.change(
+                ref, lambda record, move=move: move(record, self.core.records.now_ms())
+            )
+
+    async def run_to_training(self, job_id: str) -> None:
+        await self.move(
+            job_id,
+            life.begin_preparing,
+            lambda record, now: life.make_ready(record, {}, "", now),
+        )
+        revision = await self.core.records.read(JobRef(JobKind.TRAIN, "first", job_id))
+        await self.move(job_id, lambda record, now: life.take(record, revision.sequence, "trainer-1", now))
+
+    async def succeed(self, job_id: str) -> None:
+        """Brings a queued job to its end, with the pictures that were asked for."""
+        await self.run_to_training(job_id)
+        pictures = []
+        for position in range(2):
+            key = f"picture-{job_id}-{position}"
+            self.storage.blobs[key] = f"PNG {key} ".encode() * 200
+            spec = {
+                "prompt": "zkw dog on the moon",
+                "guidance_scale": 7.5,
+                "num_inference_steps": 50,
+                "scheduler": "SCHEDULER_DDIM",
+            }
+            image = {"key": key, "seed": str(11 + position), "media_type": "image/png"}
+            pictures.append({"sample_index": 0, "spec": spec, "image": image})
+        await self.move(
+            job_id,
+            lambda record, now: life.report_trained(record, record.epoch, {}),
+            lambda record, now: life.finish(record, {"model": job_id, "samples": pictures}, "", now),
+        )
+
+    async def fail(self, job_id: str, message: str = "no picture could be read") -> None:
+        failure = JobFailure("BAD_INPUT", message, "concepts[0].instance_data")
+        await self.move(job_id, life.begin_preparing, lambda record, now: life.fail(record, failure, now))
+
+    async def report(self, job_id: str, step: int, total: int = 10) -> None:
+        """Publishes progress of a training."""
+        body = {"stage": "JOB_STAGE_TRAINING", "step": str(step), "total_steps": str(total), "fraction": 0.5}
+        await self.platform.progress.publish_progress("first", job_id, body)
+
+
+@contextlib.asynccontextmanager
+async def gateway(
+    limiter: RateLimiter | None = None,
+    queue_limit: QueueLimit | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AsyncIterator[World]:
+    """Everything up, until the end of the block."""
+    import asyncio
+
+    platform = MemoryPlatform()
+    core = JobCore(JobKind.TRAIN, platform, RealClock(), MemoryDocuments())
+    access, storage = FakeAccess(), FakeStorage()
+    server = GrpcServer("127.0.0.1:0", grace_s=0.1)
+    server.add(
+        add_TrainingServiceServicer_to_server,
+        TrainingServicer(core, base_model="pocket"),
+        "likeness.training.v1.TrainingService",
+    )
+    server.add(add_StorageServiceServicer_to_server, storage, "likeness.storage.v1.StorageService")
+    server.add(add_AccessServiceServicer_to_server, access, "likeness.access.v1.AccessService")
+    running = asyncio.create_task(core.run())
+    await core.wait_ready()
+    async with server, Channel(server.address) as channel:
+        client = StorageClient(channel)
+        jobs = Jobs(TrainingServiceStub(channel), queue_limit or QueueLimit())
+        api = RunpodApi(
+            endpoints=ENDPOINTS,
+            auth=Authenticator(AccessServiceStub(channel)),
+            jobs=jobs,
+            links=Links(client),
+            streams=Streams(jobs, platform.progress, wire.CANCELLED_STREAM_MS),
+            limiter=limiter or RateLimiter(),
+            check_url=Egress().check_url,
+            stream_hold_ms=1000,
+        )
+        ready = {"storage": True, "training": True}
+        checks = {name: _check(ready, name) for name in ready}
+        parts = Parts(api, client, checks, **(settings or {}))
+        transport = httpx.ASGITransport(app=create_app(parts))
+        async with httpx.AsyncClient(transport=transport, base_url="http://likeness.test") as http:
+            yield World(platform, core, access, storage, jobs, api, parts, http, ready)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def _check(ready: dict[str, bool], name: str) -> Callable[[], Any]:
+    async def check() -> bool:
+        if name == "training" and not ready[name]:
+            raise Unavailable("away")
+        return ready[name]
+
+    return check
+
+
+def as_json(body: Any) -> bytes:
+    return json.dumps(body).encode()
