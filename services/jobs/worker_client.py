@@ -329,6 +329,7 @@ class WorkerClient:
         while not self.draining.is_set():
             slots = free_slots()
             if slots < 1:
+                self._free_slots, self._warm_models = 0, tuple(warm_models())
                 await self._pause(0.05)
                 continue
             for handle in await self.take(slots, warm_models()):

@@ -186,6 +186,17 @@ async def test_reports_out_of_order_or_without_sense_are_refused(platform: Memor
         await job.finished(GenerationResult())
 
 
+async def test_a_refused_report_uses_up_no_number(platform: MemoryPlatform) -> None:
+    record = await put_drawing(platform)
+    async with serving(platform) as api, worker(api) as client:
+        [job] = await client.take()
+        with pytest.raises(InvalidSpec):
+            await job.checkpoint("", 1)
+        await job.stage(Stage.DRAWING)
+        await job.finished(GenerationResult())
+    assert (await newest(platform, record)).reported == 2
+
+
 async def test_a_worker_that_was_paused_past_its_lease_can_never_be_seen(platform: MemoryPlatform) -> None:
     record = await put_drawing(platform)
     async with serving(platform) as api, worker(api, "w1") as paused, worker(api, "w2") as other:

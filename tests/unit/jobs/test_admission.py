@@ -8,7 +8,7 @@ from likeness.job.v1.job_pb2 import JobOptions, JobOrigin, JobPolicy, JobPriorit
 
 from services.adapters.memory import ManualClock, MemoryPlatform
 from services.domain import job as life
-from services.domain.errors import AlreadyExists, InvalidSpec, NotFound, QueueFull, WrongState
+from services.domain.errors import AlreadyExists, InvalidSpec, NotFound, QueueFull, Unavailable, WrongState
 from services.domain.job import MAX_RECORD_BYTES, JobRecord, JobState, Limits
 from services.jobs.admission import limits_of
 from services.jobs.core import JobCore
@@ -85,6 +85,24 @@ async def test_a_name_cannot_stand_for_two_requests(
     await core.admission.admit(application(**first))
     with pytest.raises(AlreadyExists):
         await core.admission.admit(application(**second))
+
+
+async def test_a_key_whose_job_was_never_stored_still_stands_for_its_request(
+    core: JobCore, platform: MemoryPlatform
+) -> None:
+    first = application(job_id="a", request_id="k")
+    platform.job_log.write = _crash  # type: ignore[method-assign]
+    with pytest.raises(Unavailable):
+        await core.admission.admit(first)
+    del platform.job_log.write
+    with pytest.raises(AlreadyExists):
+        await core.admission.admit(application(job_id="b", request_id="k", prompt="another"))
+    again = await core.admission.admit(application(job_id="c", request_id="k"))
+    assert again.record.id == "a"
+
+
+async def _crash(record: JobRecord, expected: int) -> int:
+    raise Unavailable("died between the key and the job")
 
 
 async def test_trace_and_log_ids_do_not_make_another_request(core: JobCore) -> None:

@@ -197,13 +197,12 @@ async def test_a_beat_for_a_job_that_moved_on_is_told_to_stop(platform: MemoryPl
 
 async def test_a_replica_that_has_not_heard_of_the_taking_stops_nobody(platform: MemoryPlatform) -> None:
     await platform.job_log.write(drawing("a"), 0)
-    one, late = make_core(platform), make_core(platform)
+    one, behind, empty = (make_core(platform) for _ in range(3))
+    behind.index.apply(Revision(drawing("a"), 1, 0))
     async with running(one):
         taken = await take_one(one)
-        # The other replica has heard of nothing, then of the ready revision only.
-        assert await late.dispatcher.beat(beat_of("w1", taken), {}) == []
-        late.index.apply(Revision(drawing("a"), taken.record.epoch, 0))
-        assert await late.dispatcher.beat(beat_of("w1", taken), {}) == []
+        assert await behind.dispatcher.beat(beat_of("w1", taken), {}) == []
+        assert await empty.dispatcher.beat(beat_of("w1", taken), {}) == []
 
 
 async def test_progress_is_published_as_the_share_of_the_whole(
