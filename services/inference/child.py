@@ -271,7 +271,7 @@ def _arguments(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Open the link to the parent, then draw until it says `shutdown`."""
     arguments = _arguments(sys.argv[1:])
-    configure_logging("inference child")
+    configure_logging("inference child", log_format="text")
     quiet_libraries()
     link = ParentLink.from_environ()
     use_cpu_threads(arguments.cpu_threads)
