@@ -29,6 +29,8 @@ MAX_SPEC_BYTES: Final = 12 * 1024
 MAX_INLINE_BYTES: Final = 16 * 1024
 """Most that specification and options may take together; the rest of a record is for what happens later."""
 MAX_FILL: Final = 0.8
+FILL_MS: Final = 1000
+"""Age up to which the log's fill is taken for its present one."""
 MAX_REQUEST_ID_CHARS: Final = 255
 
 DAY_MS: Final = 24 * 3600 * 1000
@@ -108,6 +110,8 @@ class Admission:
         self._documents = documents
         self._removal = removal
         self._defaults = defaults or Limits()
+        self._fill_read_ms = 0
+        self._last_fill = 0.0
 
     async def known(self, application: Application) -> Revision | None:
         """The job that the same request made before; None when it is new.
@@ -141,17 +145,27 @@ class Admission:
         """
         self._check_names(application)
         limits = limits_of(application.options.policy, self._defaults)
-        if await self._records.log.fill() >= MAX_FILL:
+        if await self._fill() >= MAX_FILL:
             return await self._known_or_full(application)
         ref = JobRef(self._kind, application.project, await self._settled_id(application))
         record = await self._record(ref, application, limits)
         try:
             return await self._records.write(record, 0)
+        except QueueFull:
+            return await self._known_or_full(application)
         except Conflict:
             revision = await self._records.log.read(ref)
         if revision is None:
             raise Conflict(f"job {ref.id} came and went")
         return _same(revision, application.digest)
+
+    async def _fill(self) -> float:
+        """How full the log is, asked at most once in a while: it is one more round trip before the one write."""
+        now_ms = self._records.now_ms()
+        if not 0 <= now_ms - self._fill_read_ms < FILL_MS:
+            self._last_fill = await self._records.log.fill()
+            self._fill_read_ms = now_ms
+        return self._last_fill
 
     async def _known_or_full(self, application: Application) -> Revision:
         known = await self.known(application)

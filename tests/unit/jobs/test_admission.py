@@ -152,6 +152,22 @@ async def test_a_full_log_refuses_new_jobs_and_answers_repeats(clock: ManualCloc
         await core.admission.cancel(drawing(f"j{number}").ref)
 
 
+async def test_no_job_is_admitted_into_a_log_that_is_four_fifths_full(
+    core: JobCore, platform: MemoryPlatform, clock: ManualClock
+) -> None:
+    await core.admission.admit(application(job_id="before"))
+    await clock.advance(2)
+    platform.job_log.fill = _four_fifths  # type: ignore[method-assign]
+    with pytest.raises(QueueFull):
+        await core.admission.admit(application(job_id="after"))
+    again = await core.admission.admit(application(job_id="before"))
+    assert again.record.id == "before"
+
+
+async def _four_fifths() -> float:
+    return 0.8
+
+
 async def test_a_long_specification_goes_to_storage_and_comes_back(
     core: JobCore, documents: MemoryDocuments
 ) -> None:
