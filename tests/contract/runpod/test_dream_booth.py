@@ -164,7 +164,12 @@ def test_no_value_is_told_back() -> None:
 
 def sample_image(index: int, key: str, seed: int, **spec: Any) -> pb.SampleImage:
     picture = generation_job_pb2.GeneratedImage(key=key, seed=seed, media_type="image/png")
-    asked = {"prompt": "zkw dog", "guidance_scale": 7.5, "num_inference_steps": 50, "scheduler": 1} | spec
+    asked: dict[str, Any] = {
+        "prompt": "zkw dog",
+        "guidance_scale": 7.5,
+        "num_inference_steps": 50,
+        "scheduler": 1,
+    } | spec
     return pb.SampleImage(sample_index=index, spec=generation_job_pb2.GenerationSpec(**asked), image=picture)
 
 

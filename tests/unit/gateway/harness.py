@@ -1,10 +1,11 @@
 """A gateway over the real TrainingService and job core in memory, with small stand-ins for storage and access."""
 
+import asyncio
 import contextlib
 import hashlib
-import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -163,9 +164,7 @@ class World:
         """Writes the next revisions of a job, as the api and the workers would."""
         ref = JobRef(JobKind.TRAIN, project, job_id)
         for move in moves:
-            await self.core.records.change(
-                ref, lambda record, move=move: move(record, self.core.records.now_ms())
-            )
+            await self.core.records.change(ref, partial(_moved, move, self.core.records.now_ms()))
 
     async def run_to_training(self, job_id: str) -> None:
         await self.move(
@@ -214,8 +213,6 @@ async def gateway(
     settings: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[World]:
     """Everything up, until the end of the block."""
-    import asyncio
-
     platform = MemoryPlatform()
     core = JobCore(JobKind.TRAIN, platform, RealClock(), MemoryDocuments())
     access, storage = FakeAccess(), FakeStorage()
@@ -252,6 +249,10 @@ async def gateway(
     await asyncio.gather(running, return_exceptions=True)
 
 
+def _moved(move: Callable[[JobRecord, int], JobRecord], now_ms: int, record: JobRecord) -> JobRecord:
+    return move(record, now_ms)
+
+
 def _check(ready: dict[str, bool], name: str) -> Callable[[], Any]:
     async def check() -> bool:
         if name == "training" and not ready[name]:
@@ -259,7 +260,3 @@ def _check(ready: dict[str, bool], name: str) -> Callable[[], Any]:
         return ready[name]
 
     return check
-
-
-def as_json(body: Any) -> bytes:
-    return json.dumps(body).encode()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -253,7 +254,7 @@ async def test_a_job_of_another_dialect_is_not_found(world: World) -> None:
     ref = life.JobRef(life.JobKind.TRAIN, "first", job_id)
     revision = await world.core.records.read(ref)
     options = {**revision.record.options, "origin": {"dialect": "other", "endpoint": EP}}
-    copied = life.replace(revision.record, id="copy", options=options)
+    copied = replace(revision.record, id="copy", options=options)
     await world.core.records.write(copied, 0)
     assert (await world.call("GET", f"/v2/{EP}/status/copy")).status_code == 404
 
@@ -464,8 +465,8 @@ async def test_the_stream_of_a_cancelled_job_is_gone_after_a_minute(world: World
     ref = life.JobRef(life.JobKind.TRAIN, "first", job_id)
     minute = 61_000
     revision = await world.core.records.read(ref)
-    times = life.replace(revision.record.times, ended=revision.record.times.ended - minute)
-    await world.core.records.write(life.replace(revision.record, times=times), revision.sequence)
+    times = replace(revision.record.times, ended=revision.record.times.ended - minute)
+    await world.core.records.write(replace(revision.record, times=times), revision.sequence)
     assert (await world.call("GET", f"/v2/{EP}/stream/{job_id}")).status_code == 404
     assert (await world.status(job_id))["status"] == "CANCELLED"
 
