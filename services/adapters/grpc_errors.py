@@ -140,7 +140,8 @@ async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> None
     if row.reason == "INTERNAL":
         logger.error("call failed", exc_info=error)
     else:
-        logger.info("call refused", extra={"reason": row.reason, "detail": str(error)})
+        level = logging.DEBUG if row.reason == "NOT_FOUND" else logging.INFO  # asking whether is no news
+        logger.log(level, "call refused", extra={"reason": row.reason, "detail": str(error)})
     await cast(Any, context).abort_with_status(rpc_status.to_status(to_status(error)))
 
 

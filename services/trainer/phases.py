@@ -55,6 +55,10 @@ answer leaves the job where it is, for the next tick to begin again; anything el
 IMPORT_TIMEOUT_S: Final = 1800.0
 """Longest time for one archive: download, checks, decoding, storing."""
 
+MAX_WARNINGS: Final = 20
+MAX_WARNING_CHARS: Final = 200
+"""What a record keeps of an import's remarks; the dataset's manifest has them all."""
+
 ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
 
 
@@ -144,6 +148,7 @@ class TrainingLeader:
         if missing:
             why = f"drawing {missing} class pictures"
             revision = await self._write(revision, life.enter_stage(revision.record, Stage.CLASS_IMAGES, why))
+            await self._report(revision, 0, missing)
         drawn = _Counter(total=missing, report=lambda done, total: self._report(revision, done, total))
         datasets = [
             await self._complete_concept(revision.record, spec, index, plan, base, drawn)
@@ -152,7 +157,9 @@ class TrainingLeader:
         prepared = training_job_pb2.PreparedInputs(
             base_manifest_key=base.manifest_key,
             datasets=datasets,
-            warnings=[warning for plan in imported for warning in plan.warnings][:100],
+            warnings=[warning[:MAX_WARNING_CHARS] for plan in imported for warning in plan.warnings][
+                :MAX_WARNINGS
+            ],
         )
         ready = life.make_ready(revision.record, _to_json(prepared), base.manifest_digest, self._log.now_ms())
         await self._write(revision, ready)
