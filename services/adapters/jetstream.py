@@ -8,7 +8,7 @@ configuration in :mod:`.jetstream_streams`, the one write in :mod:`.jetstream_wr
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Self
 
 from services.adapters import job_headers, subjects
@@ -66,11 +66,19 @@ class JetStreamJobLog:
             await self._check_room()
         headers = job_headers.headers_of(stamped)
         write = Write(subjects.JOBS, subjects.job(record.ref), body, expected, headers, stamped.write)
-        return await self._writer.write(write)
+        try:
+            return await self._writer.write(write)
+        except QueueFull:
+            self._note_fill(1.0)
+            raise
 
     async def _check_room(self) -> None:
+        """Refuses a new job while the log is nearly full, by a reading that is at most about a second old."""
         if time.monotonic() - self._fill_read_at >= FILL_READING_S:
-            await self.fill()
+            try:
+                await self._read_fill(self._connection.ask)
+            except (NoAnswer, NotSent):
+                logger.debug("no reading of the job log's fill; the last one stands")
         if self._fill >= ADMISSION_SHARE:
             raise QueueFull("the job log is full")
 
@@ -122,10 +130,15 @@ class JetStreamJobLog:
 
     async def fill(self) -> float:
         """Share of the log's room that is used, 0..1."""
-        answer = await self._connection.ask_patiently(subjects.stream_api("INFO", subjects.JOBS))
-        self._fill = answer["state"]["bytes"] / self._max_bytes
-        self._fill_read_at = time.monotonic()
-        return self._fill
+        return await self._read_fill(self._connection.ask_patiently)
+
+    async def _read_fill(self, ask: Callable[[str], Awaitable[dict[str, Any]]]) -> float:
+        answer = await ask(subjects.stream_api("INFO", subjects.JOBS))
+        return self._note_fill(answer["state"]["bytes"] / self._max_bytes)
+
+    def _note_fill(self, share: float) -> float:
+        self._fill, self._fill_read_at = share, time.monotonic()
+        return share
 
     def now_ms(self) -> int:
         """The present by the server's clock."""
