@@ -15,6 +15,7 @@ from services.adapters.egress import Egress, EgressPolicy
 from services.adapters.grpc_client import Channel, is_serving
 from services.adapters.grpc_server import notify_ready
 from services.adapters.jetstream import JetStreamPlatform
+from services.adapters.job_platform import open_platform
 from services.adapters.memory import RealClock
 from services.adapters.settings import GatewaySettings
 from services.adapters.storage_client import StorageClient
@@ -46,13 +47,14 @@ async def serve(settings: GatewaySettings) -> None:
 
     Raises:
         Unavailable: the job log does not answer at the start.
+        ServerRefused: the job log is not safe to use.
         OSError: the address cannot be listened on.
     """
     async with contextlib.AsyncExitStack() as stack:
         storage_channel = await stack.enter_async_context(Channel(settings.storage_addr))
         training_channel = await stack.enter_async_context(Channel(settings.training_addr))
         inference_channel = await stack.enter_async_context(Channel(settings.inference_addr))
-        platform = await stack.enter_async_context(await _open_platform(settings))
+        platform = await stack.enter_async_context(await open_platform(settings))
         egress = Egress(EgressPolicy(allow=settings.egress_allow))
         storage = StorageClient(storage_channel)
         jobs = Jobs(TrainingServiceStub(training_channel))
@@ -83,15 +85,6 @@ async def serve(settings: GatewaySettings) -> None:
         )
         sender = _webhook_sender(settings, platform, storage, runpod, egress)
         await _run(settings, parts, jobs, sender)
-
-
-async def _open_platform(settings: GatewaySettings) -> JetStreamPlatform:
-    return await JetStreamPlatform.open(
-        settings.nats_servers,
-        monitor_url="" if settings.nats_system_servers else settings.nats_monitor_url,
-        system_servers=settings.nats_system_servers,
-        replicas=settings.nats_replicas,
-    )
 
 
 def _webhook_sender(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -129,34 +129,20 @@ class MemoryDocuments:
 
 
 @dataclass
-class World:
-    """A gateway and what lies behind it."""
+class Behind:
+    """What lies behind a gateway, served on a port.
 
-    platform: MemoryPlatform
+    Attributes:
+        documents: where long specifications are.
+        address: where all the services are.
+    """
+
+    platform: Any
     core: JobCore
     access: FakeAccess
     storage: FakeStorage
-    jobs: Jobs
-    api: RunpodApi
-    parts: Parts
-    http: httpx.AsyncClient
-    ready: dict[str, bool] = field(default_factory=lambda: {"storage": True, "training": True})
-
-    async def call(self, method: str, path: str, key: str | None = KEY, **kwargs: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        headers |= kwargs.pop("headers", {})
-        return await self.http.request(method, path, headers=headers, **kwargs)
-
-    async def submit(self, version: str = "v2", key: str = KEY, **envelope: Any) -> str:
-        body = {"input": INPUT} | envelope
-        answer = await self.call("POST", f"/{version}/dream-booth-v1/run", key, json=body)
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["id"])
-
-    async def status(self, job_id: str, version: str = "v2") -> dict[str, Any]:
-        answer = await self.call("GET", f"/{version}/dream-booth-v1/status/{job_id}")
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
+    documents: MemoryDocuments
+    address: str = ""
 
     async def move(
         self, job_id: str, *moves: Callable[[JobRecord, int], JobRecord], project: str = "first"
@@ -206,6 +192,86 @@ class World:
         await self.platform.progress.publish_progress("first", job_id, body)
 
 
+@dataclass
+class World:
+    """A gateway and what lies behind it."""
+
+    behind: Behind
+    jobs: Jobs
+    api: RunpodApi
+    parts: Parts
+    http: httpx.AsyncClient
+    ready: dict[str, bool]
+
+    @property
+    def platform(self) -> MemoryPlatform:
+        assert isinstance(self.behind.platform, MemoryPlatform)
+        return self.behind.platform
+
+    @property
+    def core(self) -> JobCore:
+        return self.behind.core
+
+    @property
+    def access(self) -> FakeAccess:
+        return self.behind.access
+
+    @property
+    def storage(self) -> FakeStorage:
+        return self.behind.storage
+
+    async def call(self, method: str, path: str, key: str | None = KEY, **kwargs: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= kwargs.pop("headers", {})
+        return await self.http.request(method, path, headers=headers, **kwargs)
+
+    async def submit(self, version: str = "v2", key: str = KEY, **envelope: Any) -> str:
+        body = {"input": INPUT} | envelope
+        answer = await self.call("POST", f"/{version}/dream-booth-v1/run", key, json=body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    async def status(self, job_id: str, version: str = "v2") -> dict[str, Any]:
+        answer = await self.call("GET", f"/{version}/dream-booth-v1/status/{job_id}")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def run_to_training(self, job_id: str) -> None:
+        await self.behind.run_to_training(job_id)
+
+    async def succeed(self, job_id: str) -> None:
+        await self.behind.succeed(job_id)
+
+    async def fail(self, job_id: str, message: str = "no picture could be read") -> None:
+        await self.behind.fail(job_id, message)
+
+    async def report(self, job_id: str, step: int, total: int = 10) -> None:
+        await self.behind.report(job_id, step, total)
+
+
+@contextlib.asynccontextmanager
+async def services(platform: Any) -> AsyncIterator[Behind]:
+    """The real TrainingService over a job platform, and the stand-ins, until the end of the block."""
+    documents = MemoryDocuments()
+    core = JobCore(JobKind.TRAIN, platform, RealClock(), documents)
+    behind = Behind(platform, core, FakeAccess(), FakeStorage(), documents)
+    server = GrpcServer("127.0.0.1:0", grace_s=0.1)
+    training = TrainingServicer(core, base_model="pocket")
+    for add, servicer, name in (
+        (add_TrainingServiceServicer_to_server, training, "likeness.training.v1.TrainingService"),
+        (add_StorageServiceServicer_to_server, behind.storage, "likeness.storage.v1.StorageService"),
+        (add_AccessServiceServicer_to_server, behind.access, "likeness.access.v1.AccessService"),
+    ):
+        server.add(add, servicer, name)
+    running = asyncio.create_task(core.run())
+    await core.wait_ready()
+    async with server:
+        behind.address = server.address
+        yield behind
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 @contextlib.asynccontextmanager
 async def gateway(
     limiter: RateLimiter | None = None,
@@ -213,20 +279,7 @@ async def gateway(
     settings: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[World]:
     """Everything up, until the end of the block."""
-    platform = MemoryPlatform()
-    core = JobCore(JobKind.TRAIN, platform, RealClock(), MemoryDocuments())
-    access, storage = FakeAccess(), FakeStorage()
-    server = GrpcServer("127.0.0.1:0", grace_s=0.1)
-    server.add(
-        add_TrainingServiceServicer_to_server,
-        TrainingServicer(core, base_model="pocket"),
-        "likeness.training.v1.TrainingService",
-    )
-    server.add(add_StorageServiceServicer_to_server, storage, "likeness.storage.v1.StorageService")
-    server.add(add_AccessServiceServicer_to_server, access, "likeness.access.v1.AccessService")
-    running = asyncio.create_task(core.run())
-    await core.wait_ready()
-    async with server, Channel(server.address) as channel:
+    async with services(MemoryPlatform()) as behind, Channel(behind.address) as channel:
         client = StorageClient(channel)
         jobs = Jobs(TrainingServiceStub(channel), queue_limit or QueueLimit())
         api = RunpodApi(
@@ -234,7 +287,7 @@ async def gateway(
             auth=Authenticator(AccessServiceStub(channel)),
             jobs=jobs,
             links=Links(client),
-            streams=Streams(jobs, platform.progress, wire.CANCELLED_STREAM_MS),
+            streams=Streams(jobs, behind.platform.progress, wire.CANCELLED_STREAM_MS),
             limiter=limiter or RateLimiter(),
             check_url=Egress().check_url,
             stream_hold_ms=1000,
@@ -244,9 +297,7 @@ async def gateway(
         parts = Parts(api, client, checks, **(settings or {}))
         transport = httpx.ASGITransport(app=create_app(parts))
         async with httpx.AsyncClient(transport=transport, base_url="http://likeness.test") as http:
-            yield World(platform, core, access, storage, jobs, api, parts, http, ready)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+            yield World(behind, jobs, api, parts, http, ready)
 
 
 def _moved(move: Callable[[JobRecord, int], JobRecord], now_ms: int, record: JobRecord) -> JobRecord:
