@@ -443,6 +443,7 @@ def check_epoch(record: JobRecord, epoch: int, worker: str = "") -> None:
 
 def heard(record: JobRecord) -> JobRecord:
     """Notes that the owner has been heard of, so that losing it counts as an attempt."""
+    check_epoch(record, record.epoch)
     return replace(record, beaten=True, why="the worker has begun", event=False)
 
 
@@ -531,7 +532,8 @@ def finish(record: JobRecord, result: Mapping[str, Any] | None, result_key: str,
 
 def fail(record: JobRecord, failure: JobFailure, now_ms: int) -> JobRecord:
     """Ends a job that the api leads with an error."""
-    _require(record, not record.is_final and record.worker == "", "fail")
+    lives = record.state in (JobState.QUEUED, JobState.RUNNING)
+    _require(record, lives and record.worker == "", "fail")
     return _fail(record, failure, now_ms)
 
 
