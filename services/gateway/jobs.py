@@ -34,6 +34,7 @@ ANSWER_MARGIN_S = 0.1
 """A held request is answered at the end of its wait, not after it: the last read needs this much."""
 PURGES_AT_ONCE = 16
 QUEUE_FIGURES_S = 1.0
+LONGEST_KEEP_MS = 30 * 24 * 3600 * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,16 @@ class Jobs:
         await self.get(origin, job_id)
         request = pb.CancelTrainingJobRequest(job_id=job_id, project_id=origin.project)
         return _job(await self._training.CancelTrainingJob(request, timeout=CALL_TIMEOUT_S))
+
+    async def shorten_retention(self, origin: Origin, job_id: str, keep_ms: int) -> None:
+        """Lets a job that has ended go this many milliseconds from now, if it would stay longer.
+
+        Raises:
+            WrongState: it has not ended.
+        """
+        request = pb.ShortenTrainingJobRetentionRequest(job_id=job_id, project_id=origin.project)
+        request.keep_for.FromMilliseconds(min(keep_ms, LONGEST_KEEP_MS))
+        await self._training.ShortenTrainingJobRetention(request, timeout=CALL_TIMEOUT_S)
 
     async def retry(self, origin: Origin, job_id: str) -> training_job_pb2.TrainingJob:
         """Starts a FAILED or TIMED_OUT job again.

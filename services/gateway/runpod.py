@@ -24,7 +24,7 @@ from services.domain.errors import (
 )
 from services.domain.job import ID_PATTERN
 from services.gateway.auth import Authenticator, Caller
-from services.gateway.dialects.base import Answer, JobView, TrainingEndpoint
+from services.gateway.dialects.base import FINAL_STATES, Answer, JobView, TrainingEndpoint
 from services.gateway.dialects.runpod import envelope as wire
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs, NewJob, Origin, given_input, new_job_id
@@ -187,8 +187,11 @@ class RunpodApi:
 
     async def _status(self, context: _Context) -> Answer:
         with self._limiter.admitted(context.caller, context.endpoint.ENDPOINT, "status"):
-            wire.check_ttl(context.call.query.get("ttl"))
-            return await self._shown(context, await self._jobs.get(context.origin, context.job_id))
+            ttl_ms = wire.check_ttl(context.call.query.get("ttl"))
+            job = await self._jobs.get(context.origin, context.job_id)
+            if ttl_ms is not None and job.state in FINAL_STATES:
+                await self._jobs.shorten_retention(context.origin, context.job_id, ttl_ms)
+            return await self._shown(context, job)
 
     async def _status_sync(self, context: _Context) -> Answer:
         seconds = _wait_s(context.call, wire.DEFAULT_WAIT_MS)

@@ -265,6 +265,17 @@ async def test_a_ttl_below_ten_seconds_is_refused(world: World, ttl: str) -> Non
     assert (await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl={ttl}")).status_code == 400
 
 
+async def test_a_ttl_lets_a_finished_job_go_sooner_and_never_later(world: World) -> None:
+    job_id = await world.submit()
+    assert (await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl=10000")).json()["status"] == "IN_QUEUE"
+    await world.fail(job_id)
+    ref = life.JobRef(life.JobKind.TRAIN, "first", job_id)
+    for ttl, kept_s in (("60000", 60), ("99999999999", 60), ("10000", 10)):
+        assert (await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl={ttl}")).json()["status"] == "FAILED"
+        keep_until = (await world.core.records.read(ref)).record.times.keep_until
+        assert kept_s - 5 < (keep_until - world.core.records.now_ms()) / 1000 <= kept_s
+
+
 async def test_runsync_answers_with_the_result_as_soon_as_it_is_there(world: World) -> None:
     finishing = asyncio.create_task(finish_when_listed(world))
     start = time.monotonic()
