@@ -22,6 +22,7 @@ from services.trainer.randomness import Coordinate, Purpose, normal, permutation
 logger = logging.getLogger(__name__)
 
 PICTURE_CACHE_BYTES = 512 * 2**20
+MOMENT_CACHE_BYTES = 1024 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,30 +190,24 @@ class PictureReader:
     def __init__(self, *, resolution: int, center_crop: bool) -> None:
         self.resolution = resolution
         self._center_crop = center_crop
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._resized: dict[str, np.ndarray] = {}
         self._held_bytes = 0
 
-    def is_fixed(self, picture: Picture) -> bool:
-        """Whether every use of the picture shows the same square."""
+    def offset(self, use: Use) -> tuple[int, int]:
+        """Returns left and top of the square that one use sees, in pixels of the resized picture."""
+        size = self._sizes.get(use.picture.sample_id)
+        if size is None:
+            height, width, _ = self._load(use.picture).shape
+            size = self._sizes[use.picture.sample_id] = (width, height)
         if self._center_crop:
-            return True
-        height, width, _ = self._load(picture).shape
-        return height == width
+            return centre_offset(size, self.resolution)
+        return random_offset(size, self.resolution, use)
 
-    def values(self, use: Use) -> torch.Tensor:
-        """Returns the square that one use sees: float32 [3, resolution, resolution] in -1..1."""
-        pixels = self._load(use.picture)
-        height, width, _ = pixels.shape
-        if self._center_crop:
-            left, top = centre_offset((width, height), self.resolution)
-        else:
-            left, top = random_offset((width, height), self.resolution, use)
-        return to_values(pixels[top : top + self.resolution, left : left + self.resolution])
-
-    def forget(self, picture: Picture) -> None:
-        """Drops a picture from memory, because its latents are kept instead."""
-        pixels = self._resized.pop(picture.sample_id, None)
-        self._held_bytes -= 0 if pixels is None else pixels.nbytes
+    def values(self, picture: Picture, offset: tuple[int, int]) -> torch.Tensor:
+        """Returns the square at an offset: float32 [3, resolution, resolution] in -1..1."""
+        left, top = offset
+        return to_values(self._load(picture)[top : top + self.resolution, left : left + self.resolution])
 
     def _load(self, picture: Picture) -> np.ndarray:
         held = self._resized.get(picture.sample_id)
@@ -231,21 +226,27 @@ Encoder = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class LatentSource:
-    """Clean latents of uses: the VAE's posterior is drawn anew for each, its moments are kept where they cannot change.
+    """Clean latents of uses: the VAE's posterior is drawn anew for each, its moments are kept by picture and offset.
 
-    Moments are cached only for pictures whose geometry is fixed; a picture with random crops is encoded at every use,
-    so the cache never changes a result.
+    So a picture that is always cropped alike is encoded once, and one with random crops once for each place that a
+    crop has fallen on: what is kept never changes a result.
     """
 
     def __init__(
-        self, reader: PictureReader, encode: Encoder, *, scaling_factor: float, seed: int, cache: bool = True
+        self,
+        reader: PictureReader,
+        encode: Encoder,
+        *,
+        scaling_factor: float,
+        seed: int,
+        cache_bytes: int = MOMENT_CACHE_BYTES,
     ) -> None:
         self._reader = reader
         self._encode = encode
         self._scaling_factor = scaling_factor
         self._seed = seed
-        self._cache = cache
-        self._moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache_bytes = cache_bytes
+        self._moments: dict[tuple[str, tuple[int, int]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._unusable: set[str] = set()
 
     def latents(self, use: Use) -> torch.Tensor | None:
@@ -261,15 +262,15 @@ class LatentSource:
         return self._scaling_factor * (mean + deviation * n)
 
     def _moments_of(self, use: Use) -> tuple[torch.Tensor, torch.Tensor]:
-        picture = use.picture
-        held = self._moments.get(picture.sample_id)
+        offset = self._reader.offset(use)
+        held = self._moments.get((use.picture.sample_id, offset))
         if held is not None:
             return held
-        moments = self._encode(self._reader.values(use))
-        if self._cache and self._reader.is_fixed(picture):
-            self._moments[picture.sample_id] = moments
-            self._reader.forget(picture)
-        return moments
+        mean, deviation = self._encode(self._reader.values(use.picture, offset))
+        self._cache_bytes -= mean.nbytes + deviation.nbytes
+        if self._cache_bytes >= 0:
+            self._moments[(use.picture.sample_id, offset)] = mean, deviation
+        return mean, deviation
 
     def _report_unusable(self, picture: Picture) -> None:
         if picture.sample_id not in self._unusable:

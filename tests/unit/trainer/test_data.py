@@ -135,13 +135,17 @@ def wide_picture(tmp_path: Path) -> Picture:
     return picture("0/wide", path=path)
 
 
+def cropped(reader: PictureReader, use: Use) -> torch.Tensor:
+    return reader.values(use.picture, reader.offset(use))
+
+
 def left_offset(values: torch.Tensor) -> int:
     """The column that a column-coded square begins with."""
     return round((float(values[0, 0, 0]) + 1) * 127.5)
 
 
 def test_values_run_from_minus_one_to_one(tmp_path: Path) -> None:
-    values = PictureReader(resolution=16, center_crop=True).values(Use(wide_picture(tmp_path), 0, 0))
+    values = cropped(PictureReader(resolution=16, center_crop=True), Use(wide_picture(tmp_path), 0, 0))
     assert values.shape == (3, 16, 16)
     assert values.dtype is torch.float32
     red = torch.tensor([column / 127.5 - 1 for column in range(24, 40)])
@@ -152,8 +156,8 @@ def test_centre_crops_are_constant_and_random_ones_are_spread_and_new_in_each_ep
     wide = wide_picture(tmp_path)
     uses = [Use(wide, epoch, 0) for epoch in range(200)]
     centre, free = (PictureReader(resolution=16, center_crop=flag) for flag in (True, False))
-    assert {left_offset(centre.values(use)) for use in uses} == {24}
-    offsets = [left_offset(free.values(use)) for use in uses]
+    assert {left_offset(cropped(centre, use)) for use in uses} == {24}
+    offsets = [left_offset(cropped(free, use)) for use in uses]
     assert offsets[0] != offsets[1]
     assert min(offsets) <= 2
     assert max(offsets) >= 46
@@ -164,7 +168,7 @@ def test_the_concept_seed_drives_the_crops(tmp_path: Path) -> None:
     wide = wide_picture(tmp_path)
     other = Picture(wide.sample_id, wide.path, wide.prompt, wide.concept, seed=8)
     reader = PictureReader(resolution=16, center_crop=False)
-    crops = [[left_offset(reader.values(Use(p, epoch, 0))) for epoch in range(10)] for p in (wide, other)]
+    crops = [[left_offset(cropped(reader, Use(p, epoch, 0))) for epoch in range(10)] for p in (wide, other)]
     assert crops[0] != crops[1]
 
 
@@ -182,11 +186,11 @@ class CountingEncoder:
 
 def source(encoder: CountingEncoder, *, center_crop: bool, cache: bool) -> LatentSource:
     reader = PictureReader(resolution=16, center_crop=center_crop)
-    return LatentSource(reader, encoder, scaling_factor=0.5, seed=7, cache=cache)
+    return LatentSource(reader, encoder, scaling_factor=0.5, seed=7, cache_bytes=10**6 if cache else 0)
 
 
-def drawn(latents: LatentSource, subject: Picture) -> list[np.ndarray]:
-    result = [latents.latents(Use(subject, epoch, 0)) for epoch in range(5)]
+def drawn(latents: LatentSource, subject: Picture, uses: int = 200) -> list[np.ndarray]:
+    result = [latents.latents(Use(subject, epoch, 0)) for epoch in range(uses)]
     return [latent.numpy() for latent in result if latent is not None]
 
 
@@ -198,12 +202,26 @@ def test_the_latent_cache_never_changes_a_result(center_crop: bool, tmp_path: Pa
     assert all(np.array_equal(one, other) for one, other in zip(with_cache, without, strict=True))
 
 
-def test_fixed_geometry_is_encoded_once_and_random_crops_at_each_use(tmp_path: Path) -> None:
+def test_a_picture_is_encoded_once_for_each_place_that_a_crop_falls_on(tmp_path: Path) -> None:
     wide = wide_picture(tmp_path)
-    fixed, free = CountingEncoder(), CountingEncoder()
+    fixed, free, uncached = CountingEncoder(), CountingEncoder(), CountingEncoder()
     drawn(source(fixed, center_crop=True, cache=True), wide)
     drawn(source(free, center_crop=False, cache=True), wide)
-    assert (fixed.calls, free.calls) == (1, 5)
+    drawn(source(uncached, center_crop=False, cache=False), wide)
+    places = {
+        left_offset(cropped(PictureReader(resolution=16, center_crop=False), Use(wide, n, 0)))
+        for n in range(200)
+    }
+    assert (fixed.calls, free.calls, uncached.calls) == (1, len(places), 200)
+
+
+def test_the_latent_cache_stops_growing_at_its_limit(tmp_path: Path) -> None:
+    wide, encoder = wide_picture(tmp_path), CountingEncoder()
+    reader = PictureReader(resolution=16, center_crop=False)
+    one_entry = 2 * 3 * 8 * 8 * 4
+    latents = LatentSource(reader, encoder, scaling_factor=0.5, seed=7, cache_bytes=3 * one_entry)
+    drawn(latents, wide)
+    assert len(latents._moments) == 3
 
 
 def test_the_posterior_is_sampled_anew_at_each_use_and_scaled(tmp_path: Path) -> None:
@@ -211,7 +229,7 @@ def test_the_posterior_is_sampled_anew_at_each_use_and_scaled(tmp_path: Path) ->
     first, second, *_ = drawn(source(CountingEncoder(), center_crop=True, cache=True), wide)
     assert not np.array_equal(first, second)
     mean, deviation = CountingEncoder()(
-        PictureReader(resolution=16, center_crop=True).values(Use(wide, 0, 0))
+        cropped(PictureReader(resolution=16, center_crop=True), Use(wide, 0, 0))
     )
     assert np.abs(first - 0.5 * mean.numpy()).max() < 0.5 * 5 * float(deviation.max())
 

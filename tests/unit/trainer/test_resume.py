@@ -143,24 +143,23 @@ def wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
     raise AssertionError("the training ended before it was killed")
 
 
-@pytest.mark.parametrize(("precision", "kills"), [(THIRTY_TWO, 9), (EIGHT, 9)], ids=["32-bit", "8-bit"])
+@BOTH
 def test_a_killed_training_process_ends_with_the_bits_of_an_undisturbed_one(
-    precision: int, kills: tuple[int, ...], bench: Bench
+    precision: int, bench: Bench
 ) -> None:
     spec = demanding_spec(optimizer_precision=precision, max_train_steps=40)
     data = (demanding_concept(bench.folder),)
-    for step in kills:
-        command = [sys.executable, "-c", SLOW_PROGRAM, str(bench.model_folder), str(bench.folder)]
-        with subprocess.Popen(
-            [*command, str(precision)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])},
-        ) as process:
-            wait_for_step(process, step)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", SLOW_PROGRAM, str(bench.model_folder), str(bench.folder)]
+    with subprocess.Popen(
+        [*command, str(precision)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])},
+    ) as process:
+        wait_for_step(process, 9)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     resumed = bench.train(spec, data)
     assert 0 < len(resumed.losses) < 35, "it went on from a checkpoint"
     undisturbed = bench.train(spec, data, "undisturbed")
