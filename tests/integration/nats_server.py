@@ -9,6 +9,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -24,9 +25,10 @@ class NatsServer:
     Args:
         folder: where it stores.
         sync_always: write `sync_interval: always` into its configuration, as this platform needs it.
+        more: further lines of its configuration.
     """
 
-    def __init__(self, folder: Path, sync_always: bool = True) -> None:
+    def __init__(self, folder: Path, sync_always: bool = True, more: str = "") -> None:
         self.folder = folder
         self._port, self._monitor_port = _free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
@@ -37,6 +39,7 @@ class NatsServer:
             f"listen: 127.0.0.1:{self._port}\n"
             f"http: 127.0.0.1:{self._monitor_port}\n"
             f'jetstream {{ store_dir: "{folder / "data"}", max_file: 10GB, {sync} }}\n'
+            f"{more}\n"
         )
 
     @property
@@ -54,13 +57,14 @@ class NatsServer:
         """Where it answers its monitor."""
         return f"http://127.0.0.1:{self._monitor_port}"
 
-    def start(self) -> Self:
+    def start(self, wait: bool = True) -> Self:
         """Starts it and waits until it serves; nothing happens when it runs already."""
         if self._process is None or self._process.poll() is not None:
             with (self.folder / "server.log").open("ab") as log:
                 command = [str(BINARY), "-c", str(self._config)]
                 self._process = subprocess.Popen(command, stdout=log, stderr=log)
-            self._wait_until_healthy()
+            if wait:
+                self.wait_until_healthy()
         return self
 
     def kill(self) -> None:
@@ -98,7 +102,8 @@ class NatsServer:
         assert self._process is not None
         return self._process.pid
 
-    def _wait_until_healthy(self) -> None:
+    def wait_until_healthy(self) -> None:
+        """Waits until it says that it serves; raises with the end of its log when it does not."""
         assert self._process is not None
         until = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < until:
@@ -108,6 +113,62 @@ class NatsServer:
                 return
             time.sleep(0.02)
         raise RuntimeError(f"nats-server did not start:\n{(self.folder / 'server.log').read_text()[-2000:]}")
+
+
+SYSTEM_USER = "system:secret"
+
+
+class NatsCluster:
+    """Three servers of one cluster, with a user of the system account.
+
+    Args:
+        folder: where they store.
+        unsynced: names of the servers that do not sync every write.
+    """
+
+    NAMES = ("a", "b", "c")
+
+    def __init__(self, folder: Path, unsynced: Sequence[str] = ()) -> None:
+        routes = dict(zip(self.NAMES, _free_ports(3), strict=True))
+        addresses = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes.values())
+        user, password = SYSTEM_USER.split(":")
+        accounts = (
+            f"accounts {{ SYS: {{ users: [{{ user: {user}, password: {password} }}] }},"
+            " APP: { jetstream: enabled, users: [{ user: app, password: app }] } }\n"
+            "system_account: SYS\nno_auth_user: app\n"
+        )
+        self.servers = {
+            name: NatsServer(
+                folder / name,
+                sync_always=name not in unsynced,
+                more=f"server_name: {name}\n{accounts}"
+                f"cluster {{ name: test, listen: 127.0.0.1:{port}, routes: [{addresses}] }}",
+            )
+            for name, port in routes.items()
+        }
+
+    def start(self, names: Sequence[str] = NAMES) -> Self:
+        """Starts servers, all together, and waits until they serve."""
+        for name in names:
+            self.servers[name].start(wait=False)
+        for name in names:
+            self.servers[name].wait_until_healthy()
+        return self
+
+    def kill(self) -> None:
+        """Ends them as a crash would."""
+        for server in self.servers.values():
+            server.kill()
+
+    @property
+    def urls(self) -> list[str]:
+        """Where clients connect."""
+        return [server.url for server in self.servers.values()]
+
+    @property
+    def system_urls(self) -> list[str]:
+        """Where the system account's user connects."""
+        return [url.replace("nats://", f"nats://{SYSTEM_USER}@") for url in self.urls]
 
 
 def _answers(url: str) -> bool:

@@ -7,16 +7,17 @@ past their lease, the server is killed, owners cancel and retry. What remains is
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
 
+from services.adapters import subjects
 from services.adapters.jetstream import JetStreamPlatform
 from services.adapters.jetstream_connection import Connection, NoAnswer
-from services.adapters.jetstream_streams import stream_configs
+from services.adapters.jetstream_streams import MIB, stream_configs
 from services.domain import job
 from services.domain.errors import Conflict, LikenessError, StaleEpoch, Unavailable
 from services.domain.job import (
@@ -32,9 +33,10 @@ from services.domain.job import (
 )
 from services.domain.ports import Revision
 from tests.integration.jobcore.checker import Outcomes, violations, whole_chain
-from tests.integration.nats_server import NatsServer
+from tests.integration.nats_server import NatsCluster, NatsServer
 
 Move = Callable[[JobRecord], JobRecord]
+Crash = Callable[[float], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,10 @@ class Replica:
 class Run:
     """One whole run of a plan."""
 
-    def __init__(self, plan: Plan, replicas: list[Replica], server: NatsServer, outcomes: Outcomes) -> None:
+    def __init__(self, plan: Plan, replicas: list[Replica], crash: Crash, outcomes: Outcomes) -> None:
         self.plan = plan
         self.replicas = replicas
-        self.server = server
+        self._crash = crash
         self.outcomes = outcomes
         self.chance = random.Random(plan.seed)
         self.refs: list[JobRef] = []
@@ -343,7 +345,7 @@ class Run:
         """kill -9 in the midst of it, several times."""
         for _ in range(self.plan.kills):
             await asyncio.sleep(self.chance.uniform(0.5, 1.5))
-            await self.server.restart_after_kill(down_s=self.chance.uniform(0.0, 0.3))
+            await self._crash(self.chance.uniform(0.0, 0.3))
 
     async def wait_for_ends(self) -> None:
         """Until every job has ended as the first replica sees it, or the patience is over."""
@@ -355,16 +357,25 @@ class Run:
             await asyncio.sleep(0.05)
 
 
+async def _crash(server: NatsServer | NatsCluster, connection: Connection, down_s: float) -> None:
+    """kill -9 of the server; of a cluster, of the one that leads the job log."""
+    if isinstance(server, NatsCluster):
+        info = await connection.ask_patiently(subjects.stream_api("INFO", subjects.JOBS))
+        server = server.servers[info["cluster"]["leader"]]
+    await server.restart_after_kill(down_s)
+
+
 async def _tick(replica: Replica) -> None:
     while True:
         await replica.tick()
         await asyncio.sleep(0.05)
 
 
-async def _open(server: NatsServer, plan: Plan, number: int) -> JetStreamPlatform:
-    connection = await LossyConnection.open([server.url])
+async def _open(servers: Sequence[str], plan: Plan, number: int) -> JetStreamPlatform:
+    connection = await LossyConnection.open(servers)
     connection.chance = random.Random(plan.seed * 10 + number)
-    platform = JetStreamPlatform(connection, stream_configs(replicas=1), write_patience_s=20)
+    configs = stream_configs(len(servers), jobs_max_bytes=64 * MIB)
+    platform = JetStreamPlatform(connection, configs, write_patience_s=20)
     await platform.ensure_streams()
     await connection.read_clock()
     connection.lost_requests, connection.lost_acks = plan.lost_requests, plan.lost_acks
@@ -382,11 +393,13 @@ class Report:
     takings: int
 
 
-async def simulate(server: NatsServer, plan: Plan) -> Report:
+async def simulate(server: NatsServer | NatsCluster, plan: Plan) -> Report:
     """Runs a plan and checks the whole log."""
-    platforms = [await _open(server, plan, number) for number in range(2)]
+    urls = [server.url] if isinstance(server, NatsServer) else server.urls
+    platforms = [await _open(urls, plan, number) for number in range(2)]
     outcomes, marks = Outcomes(), count(1)
-    run = Run(plan, [Replica(each, plan, outcomes, marks) for each in platforms], server, outcomes)
+    replicas = [Replica(each, plan, outcomes, marks) for each in platforms]
+    run = Run(plan, replicas, partial(_crash, server, platforms[0].connection), outcomes)
     background = [asyncio.create_task(replica.follow()) for replica in run.replicas]
     background += [asyncio.create_task(_tick(replica)) for replica in run.replicas]
     background += [asyncio.create_task(run.work(number)) for number in range(plan.workers)]

@@ -22,7 +22,7 @@ from services.domain.job import JobKind, JobRecord, JobRef, JobState, Limits
 from services.domain.ports import CaughtUp, Revision
 from tests.integration.jobcore.checker import whole_chain
 from tests.integration.jobcore.proxy import Proxy
-from tests.integration.nats_server import NatsServer
+from tests.integration.nats_server import NatsCluster, NatsServer
 
 
 async def opened(server: NatsServer, url: str = "", **options: Any) -> JetStreamPlatform:
@@ -393,6 +393,39 @@ class TestTheServer:
             await platform.progress.write_cursor("project", "job", {"next": 1}, 0)
 
             assert (await platform.progress.read_cursor("project", "job"))[0] == {"next": 1}
+
+
+class TestACluster:
+    async def test_streams_are_kept_three_times_and_the_check_wants_all_servers(self, tmp_path: Path) -> None:
+        cluster = NatsCluster(tmp_path)
+        options: dict[str, Any] = {"replicas": 3, "jobs_max_bytes": 2**26}
+        try:
+            cluster.start()
+            async with await JetStreamPlatform.open(
+                cluster.urls, system_servers=cluster.system_urls, **options
+            ) as platform:
+                record = drawing()
+                await asyncio.gather(*(platform.job_log.write(drawing(), 0) for _ in range(100)))
+                sequence = await platform.job_log.write(record, 0)
+                async with aclosing(platform.job_feed.follow()) as feed:
+                    assert len(await until_caught_up(feed)) == 101
+                    await platform.job_log.write(replace(record, why="second"), sequence)
+                    assert (await next_revision(feed)).record.why == "second"
+
+            cluster.servers["c"].kill()
+            with pytest.raises(ServerRefused, match="2 of 3 servers of the job log answered: a, b"):
+                await JetStreamPlatform.open(cluster.urls, system_servers=cluster.system_urls, **options)
+        finally:
+            cluster.kill()
+
+    async def test_one_server_that_does_not_sync_every_write_is_named(self, tmp_path: Path) -> None:
+        cluster = NatsCluster(tmp_path, unsynced=["b"])
+        try:
+            cluster.start()
+            with pytest.raises(ServerRefused, match="server b does not sync every write"):
+                await JetStreamPlatform.open(cluster.urls, system_servers=cluster.system_urls, replicas=3)
+        finally:
+            cluster.kill()
 
 
 class TestAFullLog:
