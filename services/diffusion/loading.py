@@ -7,7 +7,7 @@ configs here, so that no other code assumes those of Stable Diffusion 1.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from services.domain.artifacts import SINGLE_FILE_CONFIG, SINGLE_FILE_NAME
 from services.domain.errors import BadInput
 
 _SINGLE_FILE_TEXT = "cond_stage_model.transformer."
 _SINGLE_FILE_PREFIX = "cond_stage_model.transformer.text_model."
+_SINGLE_FILE_PARTS = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
+}
 _LOAD_FAULTS = (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError)
 
 
@@ -97,6 +102,11 @@ class ModelFolder:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
 
+    @property
+    def has_part_files(self) -> bool:
+        """Each part's weights are files of their own, which another model can share."""
+        return True
+
     def load(self) -> Components:
         """All parts.
 
@@ -158,20 +168,94 @@ class ModelFolder:
         return module.to(self.device).eval()
 
 
+@dataclass(frozen=True, slots=True)
+class SingleFile(ModelFolder):
+    """One `.safetensors` in the original (CompVis) layout; `root` holds configs, tokenizer and scheduler.
+
+    Each part reads no more than its own tensors.
+
+    Attributes:
+        checkpoint: the file.
+    """
+
+    checkpoint: Path = field(kw_only=True)
+
+    @property
+    def has_part_files(self) -> bool:
+        """Each part's weights are files of their own: not here."""
+        return False
+
+    def load_unet(self) -> UNet2DConditionModel:
+        """The UNet; raises as :meth:`load`."""
+        return self._load_single(UNet2DConditionModel, "unet")
+
+    def load_vae(self) -> AutoencoderKL:
+        """The autoencoder; raises as :meth:`load`."""
+        return self._load_single(AutoencoderKL, "vae")
+
+    def load_text_encoder(self) -> CLIPTextModel:
+        """The text encoder, from keys with or without `text_model.`; raises as :meth:`load`."""
+        try:
+            module = create_diffusers_clip_model_from_ldm(
+                CLIPTextModel,
+                with_text_prefix(self._state("text_encoder")),
+                subfolder="text_encoder",
+                config=str(self.root),
+                torch_dtype=self.dtype,
+                local_files_only=True,
+            )
+        except _LOAD_FAULTS as error:
+            raise _unusable("text_encoder", error) from error
+        return self._placed(module, "text_encoder")
+
+    def _load_single(self, cls: Any, part: str) -> Any:
+        options = {"config": str(self.root), "subfolder": part, "torch_dtype": self.dtype}
+        try:
+            module = cls.from_single_file(self._state(part), local_files_only=True, **options)
+        except _LOAD_FAULTS as error:
+            raise _unusable(part, error) from error
+        return self._placed(module, part)
+
+    def _state(self, part: str) -> dict[str, torch.Tensor]:
+        with safe_open(self.checkpoint, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(_SINGLE_FILE_PARTS[part])]  # noqa: SIM118
+            state = {key: file.get_tensor(key) for key in keys}
+        if not state:
+            raise BadInput(f"the checkpoint holds no {part}")
+        return state
+
+    def _placed(self, module: Any, part: str) -> Any:
+        missing = sorted(name for name, tensor in module.named_parameters() if tensor.is_meta)
+        if missing:
+            raise BadInput(f"the checkpoint lacks {len(missing)} weights of its {part}, first {missing[0]}")
+        return module.to(self.device).eval()
+
+
+def open_model(
+    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ModelFolder:
+    """Look at a model's folder and say how its parts are loaded; the only place that tells the forms apart.
+
+    Args:
+        folder: a diffusers folder, or one that holds `model.safetensors` and the folder `config`.
+        dtype: precision of all weights.
+        device: where they go.
+    """
+    checkpoint = folder / SINGLE_FILE_NAME
+    if checkpoint.is_file():
+        return SingleFile(folder / SINGLE_FILE_CONFIG, dtype, device, checkpoint=checkpoint)
+    return ModelFolder(folder, dtype, device)
+
+
 def load_components(
     folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Components:
-    """Load a diffusers folder.
-
-    Args:
-        folder: holds `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`.
-        dtype: precision of all weights.
-        device: where they go.
+    """Load all parts of a model; arguments as for :func:`open_model`.
 
     Raises:
         BadInput: a part is missing, damaged, of another architecture, or lacks weights.
     """
-    return ModelFolder(folder, dtype, device).load()
+    return open_model(folder, dtype, device).load()
 
 
 def load_single_file(
@@ -188,24 +272,7 @@ def load_single_file(
     Raises:
         BadInput: not such a file, or not of the architecture that `config_folder` describes.
     """
-    folder = ModelFolder(config_folder, dtype, device)
-    try:
-        state = with_text_prefix(load_file(path))
-        unet = _from_state(UNet2DConditionModel, state, folder, "unet")
-        vae = _from_state(AutoencoderKL, state, folder, "vae")
-        text_encoder = create_diffusers_clip_model_from_ldm(
-            CLIPTextModel,
-            dict(state),
-            subfolder="text_encoder",
-            config=str(config_folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-        )
-        _check_complete(text_encoder, "text_encoder")
-        text_encoder = text_encoder.to(device)
-    except _LOAD_FAULTS as error:
-        raise _unusable("checkpoint", error) from error
-    return Components(unet, vae, text_encoder.eval(), folder.load_tokenizer(), folder.scheduler_config())
+    return SingleFile(config_folder, dtype, device, checkpoint=path).load()
 
 
 def with_text_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -223,20 +290,6 @@ def quiet_libraries() -> None:
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-def _from_state(cls: Any, state: dict[str, torch.Tensor], folder: ModelFolder, part: str) -> Any:
-    module = cls.from_single_file(
-        dict(state), config=str(folder.root), subfolder=part, local_files_only=True, torch_dtype=folder.dtype
-    )
-    _check_complete(module, part)
-    return module.to(folder.device).eval()
-
-
-def _check_complete(module: torch.nn.Module, part: str) -> None:
-    missing = sorted(name for name, tensor in module.named_parameters() if tensor.is_meta)
-    if missing:
-        raise BadInput(f"the checkpoint lacks {len(missing)} weights of its {part}, first {missing[0]}")
 
 
 def _unusable(part: str, error: Exception) -> BadInput:

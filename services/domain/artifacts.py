@@ -8,6 +8,10 @@ from services.domain.errors import InvalidSpec
 SHARED_SCOPE: Final = "shared"
 CHUNK_BYTES: Final = 1024 * 1024
 MAX_DOCUMENT_BYTES: Final = 64 * 1024
+SINGLE_FILE_NAME: Final = "model.safetensors"
+"""Where the weights of a single-file model lie in its folder."""
+SINGLE_FILE_CONFIG: Final = "config"
+"""Folder beside them: configs, tokenizer and scheduler, laid out as a diffusers folder."""
 MEDIA_TYPES: Final = {
     ".png": "image/png",
     ".jpg": "image/jpeg",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from services.diffusion.loading import Components, ModelFolder
+from services.diffusion.loading import Components, open_model
 
 _log = logging.getLogger(__name__)
 _WEIGHTED_PARTS = ("unet", "vae", "text_encoder")
@@ -25,8 +25,9 @@ class ModelFiles:
 
     Attributes:
         digest: of its manifest; the model's name here.
-        folder: diffusers layout.
-        parts: part name (`unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`) to a digest of all its files.
+        folder: the files, in any form that :func:`open_model` knows.
+        parts: part name (`unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`) to a digest of all its files;
+            a part that has no files of its own is shared with no other model.
     """
 
     digest: str
@@ -107,8 +108,8 @@ class ModelCache:
         self._models[files.digest] = (components, keys)
 
     def _loaded(self, files: ModelFiles) -> tuple[Components, dict[str, str]]:
-        folder = ModelFolder(files.folder, self._dtype, self._device)
-        keys = {part: f"{part}:{files.parts[part]}" for part in _WEIGHTED_PARTS}
+        folder = open_model(files.folder, self._dtype, self._device)
+        keys = {part: f"{part}:{files.parts.get(part, files.digest)}" for part in _WEIGHTED_PARTS}
         try:
             components = Components(
                 unet=self._part(keys["unet"], folder.load_unet),

@@ -33,6 +33,7 @@ from services.jobs.worker_client import JobHandle, WorkerClient
 logger = logging.getLogger(__name__)
 
 LEAVING: Final = "the worker leaves"
+DRAWABLE: Final = (ModelFormat.MODEL_FORMAT_DIFFUSERS, ModelFormat.MODEL_FORMAT_SINGLE_FILE)
 MIN_JOBS: Final = 2
 """One is drawn while the other is fetched or stored."""
 
@@ -71,7 +72,7 @@ class ModelShelf:
 
         Raises:
             NotFound: there is no such model for this project.
-            BadInput: it is not a diffusers folder.
+            BadInput: it is not a whole model.
             Unavailable: storage does not answer, or the machine has no room.
         """
         registered = await self._storage.get_model(project, model)
@@ -81,7 +82,7 @@ class ModelShelf:
             if digest not in self._models:
                 self._models[digest] = await self._cache.fetch_model(self._storage, registered)
             fetched = self._models[digest]
-            if fetched.manifest.format != ModelFormat.MODEL_FORMAT_DIFFUSERS:
+            if fetched.manifest.format not in DRAWABLE:
                 raise BadInput("this model's format cannot be drawn with", "model")
             yield fetched
         finally:

@@ -5,11 +5,15 @@
     note = "random weights: pictures are noise"
 
     [sd-v1-5]
-    source = "hf:REPO@REVISION"             # or file:PATH, a diffusers folder or one .safetensors
+    source = "hf:REPO@REVISION"             # or file:PATH of a diffusers folder
     license = "openrail"
     aliases = ["sd15"]
     [sd-v1-5.training_defaults]
     lora_rank = 8
+
+    [one-file]
+    source = "file:/models/x.safetensors"   # the original layout, and for what it does not hold
+    config = "file:/models/sd15"            # a diffusers folder: configs, tokenizer, scheduler
 
 Local models are imported at the start, and again only when their files or their entry changed; models of the hub are
 downloaded when they are first asked for. Only the catalogue writes shared models.
@@ -41,7 +45,7 @@ from services.domain.errors import BadInput, InvalidSpec, LikenessError, NotFoun
 from services.storage import hub
 from services.storage.blobs import Blobs
 from services.storage.documents import CATALOGUE, Documents
-from services.storage.model_files import ModelFiles, describe, fingerprint, list_files
+from services.storage.model_files import WEIGHTS, ModelFiles, describe, fingerprint, list_files
 from services.storage.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
@@ -69,6 +73,8 @@ class CatalogueEntry(BaseModel):
 
     Attributes:
         source: `embedded`, `hf:REPO[@REV]` or `file:PATH`.
+        config: of a model that is one file, `file:PATH` of a diffusers folder with configs, tokenizer and scheduler;
+            weights in it are left alone. Empty for all others.
         family: whose add-ons fit; empty: told from the files.
         native_size_px: 0: told from the files.
     """
@@ -76,6 +82,7 @@ class CatalogueEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(pattern=r"^(embedded|hf:[\w.-]+/[\w.-]+(@[\w./-]+)?|file:.+)$")
+    config: str = Field(default="", pattern=r"^(file:.+)?$")
     display_name: str = Field(default="", max_length=200)
     family: str = ""
     license: str = ""
@@ -91,6 +98,23 @@ class CatalogueEntry(BaseModel):
         if not all(is_ref_name(alias) for alias in self.aliases):
             raise ValueError("an alias must be 1 to 128 letters, digits, '_', '.' or '-'")
         return self
+
+    @model_validator(mode="after")
+    def _single_files_have_a_config(self) -> Self:
+        is_single = self.source.startswith("file:") and self.source.endswith(WEIGHTS)
+        if is_single and not self.config:
+            raise ValueError(
+                "a single .safetensors holds no configs, tokenizer and scheduler: "
+                "`config` must name a diffusers folder that does, as file:PATH"
+            )
+        if self.config and not is_single:
+            raise ValueError("`config` goes with a source that is a single .safetensors")
+        return self
+
+    @property
+    def config_path(self) -> Path | None:
+        """The folder that `config` names."""
+        return Path(self.config.removeprefix("file:")) if self.config else None
 
     @property
     def is_local(self) -> bool:
@@ -254,7 +278,7 @@ class Catalogue:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _import_folder(self, model: str, entry: CatalogueEntry, path: Path, source: str) -> Model:
-        files = await asyncio.to_thread(list_files, path)
+        files = await asyncio.to_thread(list_files, path, entry.config_path)
         marks = {"entry": entry.digest(), "fingerprint": await asyncio.to_thread(fingerprint, files)}
         known = await self._documents.get("", CATALOGUE, model)
         if known is not None and {name: known.get(name) for name in marks} == marks:

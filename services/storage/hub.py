@@ -1,7 +1,8 @@
 """Downloads from the model hub; the only file that knows its library.
 
 Of a repository only what a diffusers model needs is fetched: safetensors, JSON and text, one folder deep. Single-file
-checkpoints beside it, half-precision and non-EMA copies, and pickles are left where they are.
+checkpoints beside it, half-precision copies of what is there in full, non-EMA copies, and pickles are left where they
+are.
 """
 
 import asyncio
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.domain.errors import BadInput, Unavailable
+from services.storage.model_files import best_weights
 
-ALLOWED: Final = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors")
-IGNORED: Final = ("*.fp16.safetensors", "*.non_ema.safetensors", "*/*/*")
+ALLOWED: Final = ("model_index.json", "*/*.json", "*/*.txt")
+IGNORED: Final = ("*/*/*",)
 
 
 async def download(name: str, folder: Path, endpoint: str | None = None) -> str:
@@ -62,9 +64,14 @@ def _download(name: str, folder: Path, endpoint: str | None) -> str:
     )
 
     repo, _, revision = name.partition("@")
-    options: dict[str, Any] = {"allow_patterns": list(ALLOWED), "ignore_patterns": list(IGNORED)}
     try:
-        commit = HfApi(endpoint=endpoint).model_info(repo, revision=revision or None).sha
+        info = HfApi(endpoint=endpoint).model_info(repo, revision=revision or None)
+        commit = info.sha
+        weights = best_weights(file.rfilename for file in info.siblings or ())
+        options: dict[str, Any] = {
+            "allow_patterns": [*ALLOWED, *weights.values()],
+            "ignore_patterns": list(IGNORED),
+        }
         snapshot_download(repo, revision=commit, local_dir=folder, endpoint=endpoint, **options)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise BadInput(f"the hub has no model {name} that may be read") from error

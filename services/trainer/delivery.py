@@ -9,9 +9,11 @@ from likeness.storage.v1.model_pb2 import Lineage, ModelComponent, ModelFormat, 
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.adapters.manifests import digest_of, to_json
-from services.domain.artifacts import digest_of_key
+from services.domain.artifacts import SINGLE_FILE_CONFIG, digest_of_key
 
 MAX_WARNINGS = 100
+
+_SHARED_CONFIG = (f"{SINGLE_FILE_CONFIG}/tokenizer/", f"{SINGLE_FILE_CONFIG}/scheduler/")
 
 
 def model_manifest(
@@ -32,11 +34,11 @@ def model_manifest(
         lineage: how it was made.
         note: remark for people.
     """
-    components = {component.path: component for component in base.components}
+    components = {component.path: component for component in shared_components(base)}
+    keys = {component.digest: component.key for component in base.components}
     for path, blob in files.items():
-        components[path] = ModelComponent(
-            path=path, key=blob.key, digest=blob.digest, size_bytes=blob.size_bytes
-        )
+        key = keys.get(blob.digest, blob.key)
+        components[path] = ModelComponent(path=path, key=key, digest=blob.digest, size_bytes=blob.size_bytes)
     return ModelManifest(
         format=ModelFormat.MODEL_FORMAT_DIFFUSERS,
         family=base.family,
@@ -51,6 +53,23 @@ def model_manifest(
         clip_skip=spec.clip_skip,
         note=note or base.note,
     )
+
+
+def shared_components(base: ModelManifest) -> list[ModelComponent]:
+    """The files that a fine-tune has in common with its base, where they lie in a diffusers folder.
+
+    Of a base that is one file these are tokenizer and scheduler; all weights come from the training's export.
+    """
+    if base.format != ModelFormat.MODEL_FORMAT_SINGLE_FILE:
+        return list(base.components)
+    shared = []
+    for component in base.components:
+        if component.path.startswith(_SHARED_CONFIG):
+            moved = ModelComponent()
+            moved.CopyFrom(component)
+            moved.path = component.path.removeprefix(f"{SINGLE_FILE_CONFIG}/")
+            shared.append(moved)
+    return shared
 
 
 def lineage_of(

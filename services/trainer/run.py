@@ -18,7 +18,7 @@ class Run:
 
     Attributes:
         spec: complete specification, defaults resolved.
-        model_folder: the base model as a diffusers folder.
+        model_folder: the base model's files.
         model_digest: names the base model's exact weights; a checkpoint of another base is refused.
         concepts: pictures and prompts, one entry a concept.
         workdir: the run's own folder; checkpoints and exports go there.

@@ -13,6 +13,7 @@ import math
 import platform
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,8 +28,8 @@ from google.protobuf.json_format import MessageToDict
 from likeness.training.v1 import training_job_pb2 as pb
 from transformers import CLIPTextModel
 
-from services.diffusion.exporting import save_text_encoder, save_unet
-from services.diffusion.loading import load_components
+from services.diffusion.exporting import save_model_index, save_text_encoder, save_unet, save_vae
+from services.diffusion.loading import load_components, open_model
 from services.trainer import checkpoint as checkpoints
 from services.trainer.conditioning import TextConditioner, posterior_encoder
 from services.trainer.data import Concept, EpochPlan, LatentSource, Pair, PictureReader, Use, fingerprint
@@ -373,8 +374,7 @@ class _Pace:
         self._interval_s = interval_s
         self._checkpointed_at = time.monotonic()
         self._checkpoint_cost_s = 0.0
-        self.last_update_s = 0.0
-        self.seconds_per_update = 0.0
+        self._recent_s: deque[float] = deque(maxlen=20)
 
     @property
     def checkpoint_is_due(self) -> bool:
@@ -390,16 +390,22 @@ class _Pace:
         self._checkpointed_at = time.monotonic()
         self._checkpoint_cost_s = self._checkpointed_at - began
 
+    @property
+    def last_update_s(self) -> float:
+        """Seconds of the update that ended last."""
+        return self._recent_s[-1]
+
+    @property
+    def seconds_per_update(self) -> float:
+        """Mean over the last 20 updates: the first ones are slow, because latents are computed then."""
+        return statistics.fmean(self._recent_s)
+
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Times one update, for the estimate of what remains (a moving average over about 20)."""
+        """Times one update."""
         began = time.monotonic()
         yield
-        self.last_update_s = time.monotonic() - began
-        known = self.seconds_per_update
-        self.seconds_per_update = (
-            self.last_update_s if not known else 0.95 * known + 0.05 * self.last_update_s
-        )
+        self._recent_s.append(time.monotonic() - began)
 
 
 def _prepare_module(module: UNet2DConditionModel | CLIPTextModel, *, trains: bool) -> None:
@@ -494,7 +500,7 @@ def _export(
     report: Mapping[str, Any],
     warnings: list[str],
 ) -> list[Path]:
-    """Writes what was trained and the report; returns the files relative to the export folder."""
+    """Writes what was trained, what the base cannot share, and the report; returns the files relative to the folder."""
     spec, folder = run.spec, run.export_folder
     trained = [
         module for module, on in ((unet, spec.train_unet), (text_encoder, spec.train_text_encoder)) if on
@@ -510,4 +516,18 @@ def _export(
         files = [*files, *save_text_encoder(text_encoder, folder, dtype)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return [*files, Path(REPORT)]
+    return [*files, *_export_frozen(run), Path(REPORT)]
+
+
+def _export_frozen(run: Run) -> list[Path]:
+    """Writes the frozen parts of a base that is one file, unchanged; those of a folder are shared as they lie."""
+    base, spec, folder = open_model(run.model_folder, torch.float32), run.spec, run.export_folder
+    if base.has_part_files:
+        return []
+    files = [save_model_index(folder, str(base.scheduler_config().get("_class_name", "DDIMScheduler")))]
+    files += save_vae(base.load_vae(), folder)
+    if not spec.train_unet:
+        files += save_unet(base.load_unet(), folder)
+    if not spec.train_text_encoder:
+        files += save_text_encoder(base.load_text_encoder(), folder)
+    return files

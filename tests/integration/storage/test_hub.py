@@ -122,6 +122,16 @@ async def test_a_model_of_the_hub_is_fetched_when_it_is_asked_for(hub: Hub, tmp_
     assert len(hub.fetched) == len(wanted)
 
 
+async def test_a_model_in_half_precision_only_is_taken_under_plain_names(hub: Hub, tmp_path: Path) -> None:
+    plain = "unet/diffusion_pytorch_model.safetensors"
+    half = (hub.folder / plain).rename(hub.folder / "unet/diffusion_pytorch_model.fp16.safetensors")
+    world = World(tmp_path, hub, f"hf:{REPO}")
+    await world.catalogue.ensure("m")
+    components = {c.path: c.key for c in (await world.registry.get("dev", "m")).manifest.components}
+    assert await world.blobs.read_small(components[plain], 10_000) == half.read_bytes()
+    assert not any("fp16" in path for path in components)
+
+
 @pytest.mark.parametrize("source", ["hf:somebody/else", f"hf:{REPO}@none"])
 async def test_a_model_that_the_hub_does_not_have_is_bad_input(hub: Hub, tmp_path: Path, source: str) -> None:
     world = World(tmp_path, hub, source)

@@ -8,9 +8,16 @@ from safetensors.torch import load_file, save_file
 
 from services.diffusion.drawing import Drawing, decode, draw_latents
 from services.diffusion.exporting import TEXT_ENCODER_WEIGHTS, UNET_WEIGHTS, VAE_WEIGHTS
-from services.diffusion.loading import Components, ModelFolder, load_components, load_single_file
+from services.diffusion.loading import (
+    Components,
+    ModelFolder,
+    load_components,
+    load_single_file,
+    open_model,
+)
 from services.diffusion.single_file import save_single_file
 from services.domain.errors import BadInput
+from tests.single_file_folder import write_single_file_folder
 
 DRAWING = Drawing("a robot", num_inference_steps=2, seed=3)
 
@@ -93,6 +100,56 @@ def test_single_file_of_another_architecture_is_refused(
     save_single_file(load_components(sd1_model_dir), path)
     with pytest.raises(BadInput):
         load_single_file(path, embedded_model_dir)
+
+
+@pytest.fixture
+def single_file_dir(sd1_model_dir: Path, tmp_path: Path) -> Path:
+    return write_single_file_folder(sd1_model_dir, tmp_path / "single")
+
+
+def test_folder_with_a_single_file_loads_like_any_other(sd1_model_dir: Path, single_file_dir: Path) -> None:
+    opened = open_model(single_file_dir)
+    assert not opened.has_part_files
+    assert open_model(sd1_model_dir).has_part_files
+    loaded, original = opened.load(), load_components(sd1_model_dir)
+    assert loaded.native_size_px == original.native_size_px
+    assert loaded.scheduler_config == original.scheduler_config
+    assert float((decoded(loaded) - decoded(original)).abs().max()) < 1e-4
+
+
+def test_dtype_of_a_single_file_can_be_chosen(single_file_dir: Path) -> None:
+    loaded = load_components(single_file_dir, torch.bfloat16)
+    parts = (loaded.unet, loaded.vae, loaded.text_encoder)
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
+
+
+def test_single_file_in_half_precision_loads_in_full(sd1_model_dir: Path, tmp_path: Path) -> None:
+    folder = write_single_file_folder(sd1_model_dir, tmp_path / "half", torch.float16)
+    loaded, original = load_components(folder), load_components(sd1_model_dir)
+    assert loaded.dtype is torch.float32
+    assert torch.equal(loaded.unet.conv_in.weight, original.unet.conv_in.weight.half().float())
+
+
+PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("how_many", [1, 10_000], ids=["one-weight", "all-weights"])
+def test_part_that_a_single_file_lacks_is_named(single_file_dir: Path, part: str, how_many: int) -> None:
+    path = single_file_dir / "model.safetensors"
+    state = load_file(path)
+    for key in [key for key in sorted(state) if key.startswith(PARTS[part])][-how_many:]:
+        del state[key]
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(BadInput, match=part):
+        load_components(single_file_dir)
+
+
+def test_damaged_single_file_is_refused(single_file_dir: Path) -> None:
+    path = single_file_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="unet cannot be used"):
+        load_components(single_file_dir)
 
 
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

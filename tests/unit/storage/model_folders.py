@@ -36,6 +36,15 @@ def write_safetensors(path: Path, shapes: Mapping[str, list[int]], fill: bytes =
     return path
 
 
+CROSS_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+def write_single_file(path: Path, channels: int = 8, width: int = 16) -> Path:
+    """One file in the original layout; by default of the architecture that `TINY_UNET` describes."""
+    return write_safetensors(path, {CROSS_ATTENTION: [1, width], FIRST_LAYER: [channels, 1]})
+
+
 def write_model_folder(root: Path, unet: Mapping[str, Any] = TINY_UNET, fill: bytes = b"\0") -> Path:
     """A diffusers folder; `fill` changes the UNet's weights only."""
     write_safetensors(root / "unet/diffusion_pytorch_model.safetensors", {"w": [32]}, fill)

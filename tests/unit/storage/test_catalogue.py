@@ -18,10 +18,7 @@ from services.storage.catalogue import (
 )
 from services.storage.documents import Documents
 from services.storage.registry import ModelRegistry
-from tests.unit.storage.model_folders import write_model_folder, write_safetensors
-
-CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+from tests.unit.storage.model_folders import write_model_folder, write_single_file
 
 
 class CountingBlobs(Blobs):
@@ -143,16 +140,26 @@ async def test_a_changed_alias_alone_takes_effect(world: World) -> None:
     assert (await world.registry.get("", "n")).model == "m"
 
 
-async def test_a_single_file_is_a_model_too(world: World) -> None:
-    path = write_safetensors(world.home / "x.safetensors", {CROSS: [1, 768], FIRST: [320, 1]})
-    await world.start(x=entry_of(path))
+async def test_a_single_file_is_a_model_together_with_its_config(world: World) -> None:
+    path = write_single_file(world.home / "x.safetensors")
+    config = write_model_folder(world.home / "configs")
+    assert await world.start(x=entry_of(path, config=f"file:{config}")) == 8
     manifest = (await world.registry.get("", "x")).manifest
-    assert (manifest.format, manifest.family, manifest.native_size_px) == (
-        MODEL_FORMAT_SINGLE_FILE,
-        "sd1",
-        512,
-    )
-    assert [component.path for component in manifest.components] == ["model.safetensors"]
+    assert (manifest.format, manifest.native_size_px) == (MODEL_FORMAT_SINGLE_FILE, 64)
+    paths = [component.path for component in manifest.components]
+    assert paths[-1] == "model.safetensors"
+    assert "config/tokenizer/vocab.json" in paths
+    assert not any(name.startswith("config/") and name.endswith(".safetensors") for name in paths)
+
+
+async def test_a_changed_config_of_a_single_file_is_imported_again(world: World) -> None:
+    path = write_single_file(world.home / "x.safetensors")
+    config = write_model_folder(world.home / "configs")
+    entry = entry_of(path, config=f"file:{config}")
+    await world.start(x=entry)
+    assert await world.start(x=entry) == 0
+    (config / "scheduler/scheduler_config.json").write_text('{"beta_start": 0.25}')
+    assert await world.start(x=entry) == 8
 
 
 async def test_a_model_that_left_the_catalogue_is_unlisted(world: World) -> None:
@@ -213,6 +220,9 @@ async def test_names_that_are_not_the_catalogues_are_left_alone(world: World) ->
         ('["a/b"]\nsource = "embedded"', "a/b"),
         ('[m]\nsource = "embedded"\naliases = ["a/b"]', "m"),
         ('[m]\nsource = "embedded"\n[m.training_defaults]\nrank = 1', "m.training_defaults.rank"),
+        ('[m]\nsource = "file:/x.safetensors"', "m"),
+        ('[m]\nsource = "file:/x.safetensors"\nconfig = "/y"', "m.config"),
+        ('[m]\nsource = "file:/x"\nconfig = "file:/y"', "m"),
         ("m = 1", "m"),
         ("[m", ""),
     ],
@@ -223,6 +233,12 @@ def test_a_wrong_catalogue_is_refused_naming_the_place(tmp_path: Path, text: str
     with pytest.raises(InvalidSpec) as refusal:
         read_catalogue(path)
     assert refusal.value.violations[0].field == field
+
+
+def test_a_single_file_without_config_is_refused_saying_what_to_add(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('[m]\nsource = "file:/x.safetensors"')
+    with pytest.raises(InvalidSpec, match="`config` must name a diffusers folder"):
+        read_catalogue(tmp_path / "models.toml")
 
 
 def test_a_catalogue_that_is_not_there_is_refused(tmp_path: Path) -> None:

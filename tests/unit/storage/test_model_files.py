@@ -3,11 +3,14 @@ from pathlib import Path
 import pytest
 
 from services.domain.errors import BadInput
-from services.storage.model_files import describe, fingerprint, list_files
-from tests.unit.storage.model_folders import SD1_UNET, TINY_UNET, write_model_folder, write_safetensors
-
-CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+from services.storage.model_files import ModelFiles, describe, fingerprint, list_files
+from tests.unit.storage.model_folders import (
+    SD1_UNET,
+    TINY_UNET,
+    write_model_folder,
+    write_safetensors,
+    write_single_file,
+)
 
 
 def test_a_folder_gives_safetensors_json_and_text_only(tmp_path: Path) -> None:
@@ -83,24 +86,89 @@ def test_another_architecture_is_named_by_its_digest(tmp_path: Path) -> None:
     assert family("a", tiny) != family("c", tiny | {"block_out_channels": [8, 24]})
 
 
-@pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
-def test_a_single_file_is_told_from_its_header(tmp_path: Path, width: int, family: str) -> None:
-    path = write_safetensors(tmp_path / "m.safetensors", {CROSS: [1, width], FIRST: [320, 1]})
-    files = list_files(path)
+def single_files(tmp_path: Path, unet: dict, channels: int, width: int) -> ModelFiles:
+    config = write_model_folder(tmp_path / "config", unet)
+    return list_files(write_single_file(tmp_path / "m.safetensors", channels, width), config)
+
+
+def test_a_single_file_comes_with_what_its_config_folder_holds(tmp_path: Path) -> None:
+    files = single_files(tmp_path, dict(TINY_UNET), 8, 16)
     assert files.is_single
-    assert list(files.paths) == ["model.safetensors"]
-    assert describe(files).family == family
+    assert set(files.paths) == {
+        "config/model_index.json",
+        "config/scheduler/scheduler_config.json",
+        "config/text_encoder/config.json",
+        "config/tokenizer/merges.txt",
+        "config/tokenizer/vocab.json",
+        "config/unet/config.json",
+        "config/vae/config.json",
+        "model.safetensors",
+    }
+    assert describe(files) == describe(list_files(tmp_path / "config"))
 
 
-def test_a_single_file_of_another_shape_is_named_by_its_digest(tmp_path: Path) -> None:
-    path = write_safetensors(tmp_path / "m.safetensors", {CROSS: [1, 768], FIRST: [32, 1]})
-    traits = describe(list_files(path))
-    assert (len(traits.family), traits.native_size_px) == (16, 0)
+@pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2")])
+def test_a_single_file_has_the_family_of_its_architecture(tmp_path: Path, width: int, family: str) -> None:
+    unet = {**SD1_UNET, "cross_attention_dim": width}
+    assert describe(single_files(tmp_path, unet, 320, width)).family == family
+
+
+@pytest.mark.parametrize(("channels", "width"), [(8, 24), (16, 16)])
+def test_a_single_file_of_another_architecture_than_its_config_is_refused(
+    tmp_path: Path, channels: int, width: int
+) -> None:
+    with pytest.raises(BadInput, match="are of different models"):
+        describe(single_files(tmp_path, dict(TINY_UNET), channels, width))
 
 
 def test_a_single_file_that_is_no_diffusion_model_is_refused(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "m.safetensors", {"w": [1]})
     with pytest.raises(BadInput, match="original layout"):
-        describe(list_files(write_safetensors(tmp_path / "m.safetensors", {"w": [1]})))
+        describe(list_files(path, write_model_folder(tmp_path / "config")))
+
+
+def test_a_single_file_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="needs a `config` folder"):
+        list_files(write_single_file(tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+    ],
+)
+def test_what_a_config_folder_lacks_is_named(tmp_path: Path, name: str) -> None:
+    config = write_model_folder(tmp_path / "config")
+    (config / name).unlink()
+    expected = "tokenizer/tokenizer.json" if name.startswith("tokenizer") else name
+    with pytest.raises(BadInput, match=f"the config folder config of m.safetensors lacks {expected}"):
+        list_files(write_single_file(tmp_path / "m.safetensors"), config)
+
+
+def test_full_precision_is_preferred_and_half_precision_fills_in_under_plain_names(tmp_path: Path) -> None:
+    root = write_model_folder(tmp_path / "model")
+    half = root / "unet/diffusion_pytorch_model.fp16.safetensors"
+    (root / "unet/diffusion_pytorch_model.safetensors").rename(half)
+    for beside in ("vae/diffusion_pytorch_model.fp16", "unet/diffusion_pytorch_model.non_ema", "whole"):
+        (root / f"{beside}.safetensors").write_bytes(b"not wanted")
+    paths = list_files(root).paths
+    assert {name: path.name for name, path in paths.items() if name.endswith(".safetensors")} == {
+        "text_encoder/model.safetensors": "model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors": half.name,
+        "vae/diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.safetensors",
+    }
+
+
+@pytest.mark.parametrize("name", ["x.non_ema.fp16", "x.fp16-00001-of-00002", "x-00001-of-00002.fp16"])
+def test_a_part_without_whole_weights_is_named(tmp_path: Path, name: str) -> None:
+    root = write_model_folder(tmp_path / "model")
+    (root / "unet/diffusion_pytorch_model.safetensors").rename(root / f"unet/{name}.safetensors")
+    with pytest.raises(BadInput, match="no weights in safetensors for its unet"):
+        list_files(root)
 
 
 @pytest.mark.parametrize(
