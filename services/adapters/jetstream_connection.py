@@ -10,7 +10,8 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Self
@@ -113,6 +114,7 @@ class Connection:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._reconnect_listeners: set[Callable[[], None]] = set()
+        self._waiting: set[asyncio.Timeout] = set()
         self._clock_task: asyncio.Task[None] | None = None
         self.clock = ServerClock()
 
@@ -197,7 +199,7 @@ class Connection:
         extra = dict(headers) if headers else None
         try:
             # The library's own timeout (asyncio.wait_for) loses a cancellation that comes together with the answer.
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            async with self._answer_time():
                 return await self._client.request(subject, payload, timeout=None, headers=extra)  # type: ignore[arg-type]
         except nats.errors.OutboundBufferLimitError as error:
             raise NotSent(str(error)) from error
@@ -290,7 +292,7 @@ class Connection:
         found: list[StoredMessage] = []
         while True:
             try:
-                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                async with self._answer_time():
                     message = await answers.get()
             except TimeoutError as error:
                 raise NoAnswer("the answer broke off") from error
@@ -306,6 +308,16 @@ class Connection:
                     raise NoAnswer("nobody answers")
                 case status:
                     raise Refused(int(status), 0, headers.get("Description", ""))
+
+    @asynccontextmanager
+    async def _answer_time(self) -> AsyncGenerator[None, None]:
+        """Time for one answer; over at once when the connection is lost, since none can come then."""
+        async with asyncio.timeout(REQUEST_TIMEOUT_S) as limit:
+            self._waiting.add(limit)
+            try:
+                yield
+            finally:
+                self._waiting.discard(limit)
 
     async def _unsubscribe(self, subscription: Any) -> None:
         if not self._client.is_closed:
@@ -330,6 +342,9 @@ class Connection:
         logger.debug("job log connection: %r", error)
 
     async def _on_disconnected(self) -> None:
+        for limit in self._waiting:
+            if not limit.expired():
+                limit.reschedule(0)
         if not self._client.is_closed:
             logger.warning("lost the connection to the job log")
 

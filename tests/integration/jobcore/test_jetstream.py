@@ -14,7 +14,7 @@ import pytest
 
 from services.adapters import jetstream_connection, subjects
 from services.adapters.jetstream import JetStreamPlatform
-from services.adapters.jetstream_connection import WRITE_IN_FLIGHT, Connection, NotSent, Refused
+from services.adapters.jetstream_connection import WRITE_IN_FLIGHT, Connection, NoAnswer, NotSent, Refused
 from services.adapters.jetstream_streams import ServerRefused, stream_configs
 from services.domain import job
 from services.domain.errors import Conflict, OutcomeUnknown, QueueFull, Unavailable
@@ -222,6 +222,21 @@ async def test_a_write_outlasts_a_restart_of_the_server(own_nats_server: NatsSer
         await asyncio.to_thread(own_nats_server.start)
 
         assert await writing == 1
+
+
+async def test_an_open_request_ends_with_the_connection(own_nats_server: NatsServer) -> None:
+    connection = await Connection.open([own_nats_server.url])
+    own_nats_server.pause()
+    asking = asyncio.create_task(connection.ask(subjects.stream_api("INFO", subjects.JOBS)))
+    await asyncio.sleep(0.2)
+    assert not asking.done()
+    own_nats_server.kill()
+    started = time.monotonic()
+
+    with pytest.raises(NoAnswer):
+        await asking
+    assert time.monotonic() - started < 1.0, "it waited for an answer that cannot come"
+    await connection.close()
 
 
 async def until(condition: Any) -> None:
