@@ -192,13 +192,15 @@ class RunningWorker:
 
 
 @asynccontextmanager
-async def open_platform(folder: Path) -> AsyncIterator[Platform]:
-    """Storage and api on free ports."""
-    settings = StorageSettings(home=folder / "home", storage_addr="127.0.0.1:0")
+async def open_platform(folder: Path, models: Path | None = None) -> AsyncIterator[Platform]:
+    """Storage and api on free ports; `models` is a catalogue, imported before the block begins."""
+    settings = StorageSettings(home=folder / "home", storage_addr="127.0.0.1:0", models=models)
     api = ScriptedApi()
     server = GrpcServer("127.0.0.1:0", grace_s=0.1)
     server.add(
         worker_service_pb2_grpc.add_WorkerServiceServicer_to_server, api, "likeness.worker.v1.WorkerService"
     )
     async with running(settings) as storage, server, Channel(storage.server.address) as channel:
+        if models is not None:
+            await storage.catalogue.run()
         yield Platform(StorageClient(channel), api, server.address, storage.server.address, folder)
