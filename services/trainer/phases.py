@@ -9,7 +9,7 @@ replaced by whoever starts again from the record. Pictures are drawn by the infe
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from google.protobuf import json_format
@@ -141,25 +141,21 @@ class TrainingLeader:
             revision = await self._write(revision, life.begin_preparing(revision.record, self._log.now_ms()))
         spec = await self._read_spec(revision.record)
         base = await self._base_model(revision.record.project, spec.base_model)
-        imported = await _all_of(
-            [self._import_concept(revision.record.project, spec, concept) for concept in spec.concepts]
+        plans = await _all_of(
+            [self._plan(revision.record.project, spec, concept, base) for concept in spec.concepts]
         )
-        missing = sum(plan.missing for plan in imported)
+        missing = sum(len(plan.missing) for plan in plans)
         if missing:
             why = f"drawing {missing} class pictures"
             revision = await self._write(revision, life.enter_stage(revision.record, Stage.CLASS_IMAGES, why))
-            await self._report(revision, 0, missing)
-        drawn = _Counter(total=missing, report=lambda done, total: self._report(revision, done, total))
-        datasets = [
-            await self._complete_concept(revision.record, spec, index, plan, base, drawn)
-            for index, plan in enumerate(imported)
-        ]
+            await self._draw_missing(revision, plans, missing, spec.sample_batch_size)
+        remarks = [warning[:MAX_WARNING_CHARS] for plan in plans for warning in plan.warnings]
         prepared = training_job_pb2.PreparedInputs(
             base_manifest_key=base.manifest_key,
-            datasets=datasets,
-            warnings=[warning[:MAX_WARNING_CHARS] for plan in imported for warning in plan.warnings][
-                :MAX_WARNINGS
+            datasets=[
+                await self._dataset_ref(revision.record.project, n, plan) for n, plan in enumerate(plans)
             ],
+            warnings=remarks[:MAX_WARNINGS],
         )
         ready = life.make_ready(revision.record, _to_json(prepared), base.manifest_digest, self._log.now_ms())
         await self._write(revision, ready)
@@ -170,22 +166,36 @@ class TrainingLeader:
         except NotFound as error:
             raise BadInput(f"there is no model '{name}'", "base_model") from error
 
-    async def _import_concept(
-        self, project: str, spec: training_job_pb2.TrainingSpec, concept: training_job_pb2.Concept
+    async def _plan(
+        self,
+        project: str,
+        spec: training_job_pb2.TrainingSpec,
+        concept: training_job_pb2.Concept,
+        base: model_pb2.Model,
     ) -> "_ConceptPlan":
-        instance = await self._import(
-            project, concept.instance_data, concept.use_captions, spec.min_usable_images
+        """Imports what the concept brings, and looks which class pictures were drawn before."""
+        captions = concept.use_captions
+        instance = await self._import(project, concept.instance_data, captions, spec.min_usable_images)
+        recipe = ClassImages(
+            base_digest=base.manifest_digest,
+            model=base.model,
+            prompt=concept.class_prompt,
+            size_px=spec.resolution,
+            seed=concept.seed if concept.HasField("seed") else spec.seed,
         )
         if not has_prior(spec, concept):
-            return _ConceptPlan(concept, instance, (), 0)
-        given: Sequence[artifact_pb2.DatasetImage] = ()
-        warnings = list(instance.warnings)
+            return _ConceptPlan(instance, recipe, warnings=tuple(instance.warnings))
+        given = artifact_pb2.Dataset()
         if concept.HasField("class_data"):
-            dataset = await self._import(project, concept.class_data, False, 0)
-            given = dataset.images[: concept.num_class_images] if concept.num_class_images else dataset.images
-            warnings += dataset.warnings
-        missing = max(0, concept.num_class_images - len(given))
-        return _ConceptPlan(concept, instance, tuple(given), missing, tuple(warnings))
+            given = await self._import(project, concept.class_data, False, 0)
+        wanted = concept.num_class_images or len(given.images)
+        warnings = (*instance.warnings, *given.warnings)
+        plan = _ConceptPlan(instance, recipe, tuple(given.images[:wanted]), wanted, warnings=warnings)
+        for index in plan.missing:
+            key = await self._drawn_before(project, recipe, index)
+            if key:
+                plan.drawn[index] = key
+        return plan
 
     async def _import(
         self, project: str, source: training_job_pb2.ImageSource, captions: bool, at_least: int
@@ -198,30 +208,45 @@ class TrainingLeader:
             timeout_s=IMPORT_TIMEOUT_S,
         )
 
-    async def _complete_concept(
-        self,
-        record: JobRecord,
-        spec: training_job_pb2.TrainingSpec,
-        index: int,
-        plan: "_ConceptPlan",
-        base: model_pb2.Model,
-        drawn: "_Counter",
+    async def _draw_missing(
+        self, revision: Revision, plans: Sequence["_ConceptPlan"], total: int, in_flight: int
+    ) -> None:
+        record = revision.record
+        counter = _Counter(total, report=lambda done, total: self._report(revision, done, total))
+        await counter.add(0)
+        for concept, plan in enumerate(plans):
+            for first, length in runs_of(plan.missing, min(in_flight, IMAGES_PER_DRAWING)):
+                name = f"class/{concept}/{first}/{length}"
+                images = await self._draw(record, name, plan.class_images.drawing(first, length))
+                for index, image in enumerate(images, start=first):
+                    plan.drawn[index] = await self._keep(record.project, plan.class_images, index, image.key)
+                await counter.add(length)
+
+    async def _drawn_before(self, project: str, recipe: ClassImages, index: int) -> str:
+        document = await self._siblings.storage.get_ref(project, "class_images", recipe.name(index))
+        return str(document["key"]) if document else ""
+
+    async def _keep(self, project: str, recipe: ClassImages, index: int, key: str) -> str:
+        document = {"key": key, "prompt": recipe.prompt, "seed": recipe.seed_of(index)}
+        try:
+            await self._siblings.storage.put_ref(project, "class_images", recipe.name(index), document)
+        except AlreadyExists:  # another job drew it meanwhile: once stored, it is the input of all
+            return await self._drawn_before(project, recipe, index)
+        return key
+
+    async def _dataset_ref(
+        self, project: str, index: int, plan: "_ConceptPlan"
     ) -> training_job_pb2.DatasetRef:
-        pictures = list(plan.class_images)
-        if plan.missing:
-            recipe = ClassImages(
-                base_digest=base.manifest_digest,
-                model=base.model,
-                prompt=plan.concept.class_prompt,
-                size_px=spec.resolution,
-                seed=plan.concept.seed if plan.concept.HasField("seed") else spec.seed,
-            )
-            pictures += await self._class_images(
-                record, index, recipe, plan.missing, spec.sample_batch_size, drawn
-            )
+        pictures = [
+            *plan.given,
+            *(
+                artifact_pb2.DatasetImage(id=f"drawn/{number:04d}.png", key=key)
+                for number, key in sorted(plan.drawn.items())
+            ),
+        ]
         class_key = ""
         if pictures:
-            class_key = (await self._siblings.storage.create_dataset(record.project, pictures)).key
+            class_key = (await self._siblings.storage.create_dataset(project, pictures)).key
         return training_job_pb2.DatasetRef(
             concept_index=index,
             instance_key=plan.instance.key,
@@ -229,45 +254,6 @@ class TrainingLeader:
             instance_images=len(plan.instance.images),
             class_images=len(pictures),
         )
-
-    async def _class_images(
-        self,
-        record: JobRecord,
-        concept: int,
-        recipe: ClassImages,
-        count: int,
-        in_flight: int,
-        drawn: "_Counter",
-    ) -> list[artifact_pb2.DatasetImage]:
-        keys = {}
-        for index in range(count):
-            found = await self._cached_class_image(record.project, recipe, index)
-            if found:
-                keys[index] = found
-                await drawn.add(1)
-        for first, length in runs_of(
-            [i for i in range(count) if i not in keys], min(in_flight, IMAGES_PER_DRAWING)
-        ):
-            name = f"class/{concept}/{first}/{length}"
-            images = await self._draw(record, name, recipe.drawing(first, length))
-            for offset, image in enumerate(images):
-                keys[first + offset] = await self._keep_class_image(
-                    record.project, recipe, first + offset, image.key
-                )
-            await drawn.add(length)
-        return [artifact_pb2.DatasetImage(id=f"drawn/{i:04d}.png", key=keys[i]) for i in range(count)]
-
-    async def _cached_class_image(self, project: str, recipe: ClassImages, index: int) -> str:
-        document = await self._siblings.storage.get_ref(project, "class_images", recipe.name(index))
-        return str(document["key"]) if document else ""
-
-    async def _keep_class_image(self, project: str, recipe: ClassImages, index: int, key: str) -> str:
-        document = {"key": key, "prompt": recipe.prompt, "seed": recipe.seed_of(index)}
-        try:
-            await self._siblings.storage.put_ref(project, "class_images", recipe.name(index), document)
-        except AlreadyExists:  # another job drew it meanwhile: once stored, it is the input of all
-            return await self._cached_class_image(project, recipe, index)
-        return key
 
     # -- finish ----------------------------------------------------------------------------------------------
 
@@ -380,17 +366,26 @@ class TrainingLeader:
 
 @dataclass(frozen=True, slots=True)
 class _ConceptPlan:
-    """One concept after its import: what is there, and how many class pictures are still to be drawn."""
+    """One concept: what it brought, and which class pictures it needs.
 
-    concept: training_job_pb2.Concept
+    Attributes:
+        class_images: how class pictures are drawn.
+        given: class pictures that the caller gave.
+        wanted: class pictures in all.
+        drawn: number of a drawn picture -> its key.
+    """
+
     instance: artifact_pb2.Dataset
-    class_images: tuple[artifact_pb2.DatasetImage, ...]
-    missing: int
-    class_warnings: tuple[str, ...] = ()
+    class_images: ClassImages
+    given: tuple[artifact_pb2.DatasetImage, ...] = ()
+    wanted: int = 0
+    drawn: dict[int, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        return (*self.instance.warnings, *self.class_warnings)
+    def missing(self) -> list[int]:
+        """Numbers of the pictures that are still to be drawn."""
+        return [n for n in range(self.wanted - len(self.given)) if n not in self.drawn]
 
 
 @dataclass(slots=True)

@@ -126,6 +126,7 @@ class Platform(launcher.Platform):
     def stop_and_check(self) -> None:
         """Asks the launcher to stop, and proves that nothing is left."""
         family = psutil.Process(self.pid).children(recursive=True)
+        self.http.close()
         assert self.stop() == 0
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive, f"left behind: {[process.cmdline() for process in alive]}"

@@ -120,4 +120,4 @@ def test_a_killed_launcher_leaves_no_orphan_and_its_home_serves_again(tmp_path: 
     finally:
         platform.stop_and_check()
     with pytest.raises(httpx.ConnectError):
-        platform.http.get("/healthz")
+        httpx.get(f"{platform.url}/healthz")

@@ -46,7 +46,7 @@ def open_picture(url: str) -> Image.Image:
 
 
 def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform, archive: str) -> None:
-    request = running.small_request(archive, max_train_steps=40)
+    request = running.small_request(archive, max_train_steps=250)
     with running.receiver() as (hook, calls):
         began = time.monotonic()
         job_id = platform.submit(request | {"webhook": hook}, version="v1")
@@ -66,7 +66,7 @@ def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform
     steps = [part["step"] for part in progress if part["stage"] == "training"]
     assert len(set(steps)) > 2, "progress must move"
     assert steps == sorted(steps)
-    assert {part["total_steps"] for part in progress if part["stage"] == "training" and part["step"]} == {40}
+    assert {part["total_steps"] for part in progress if part["stage"] == "training" and part["step"]} == {250}
 
     assert last["delayTime"] >= 0
     assert last["executionTime"] > 0
@@ -91,14 +91,14 @@ def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform
     trained, base = platform.model(DEV, job_id), platform.model("", "")
     ours = {part.path: part for part in trained.manifest.components}
     theirs = {part.path: part for part in base.manifest.components}
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() - {"training.json"} == theirs.keys()
     for path in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert ours[path].digest != theirs[path].digest
         assert ours[path].key.startswith(f"projects/{DEV}/")
     vae = "vae/diffusion_pytorch_model.safetensors"
     assert ours[vae].key == theirs[vae].key
     assert trained.manifest.base_manifest_key == base.manifest_key
-    assert trained.manifest.lineage.steps == 40
+    assert trained.manifest.lineage.steps == 250
 
 
 def test_a_second_job_draws_no_class_picture_again(platform: Platform, archive: str) -> None:
@@ -146,7 +146,7 @@ def test_cancel_in_training_ends_the_job_and_frees_the_trainer(platform: Platfor
 class TestBadInput:
     """What is wrong with a request is said at once, in full; what shows later ends the job with one sentence."""
 
-    @pytest.mark.parametrize("key", ["", "Bearer wrong", "Bearer "], ids=["none", "unknown", "empty"])
+    @pytest.mark.parametrize("key", ["", "Bearer wrong", "Bearer"], ids=["none", "unknown", "empty"])
     def test_without_a_key_nothing_is_served(self, platform: Platform, key: str) -> None:
         headers = {"Authorization": key} if key else {}
         answer = platform.http.post("/v2/dream-booth-v1/run", json={"input": {}}, headers=headers)
