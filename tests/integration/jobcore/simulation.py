@@ -55,7 +55,7 @@ class Plan:
     lost_requests: float = 0.05
     lost_acks: float = 0.05
     accidents: float = 0.12
-    cancelled: float = 0.1
+    cancelled: float = 0.5
     lease_s: float = 0.5
     blind_workers: bool = False
     patience_s: float = 45.0
