@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, Final
 
-from services.adapters.child_process import ChildDied, ChildProcess
+from services.adapters.child_process import ChildDied, ChildHung, ChildProcess
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,11 @@ class TrainingProcess:
         process, events = self._process, self._events
         assert process is not None
         assert events is not None
-        process.silence_s = self._silence_s["loading"]
         await process.send({"command": "train", **command})
+        # The watchdog counts from the last event, which may be hours ago: it starts to watch with the first new one.
+        event = await self._first(events)
+        process.silence_s = self._silence_s[event.get("stage", "loading")]
+        yield event
         async for event in events:
             if event["event"] == "stage":
                 process.silence_s = self._silence_s[event["stage"]]
@@ -95,6 +98,16 @@ class TrainingProcess:
             if event["event"] in ("ended", "failed"):
                 return
         raise ChildDied("the training process ended without a result", process.output)
+
+    async def _first(self, events: AsyncIterator[Event]) -> Event:
+        limit_s = self._silence_s["starting"]
+        try:
+            async with asyncio.timeout(limit_s):
+                return await anext(events)
+        except TimeoutError as error:
+            raise ChildHung(f"the training process took no command for {limit_s:g} s") from error
+        except StopAsyncIteration as error:
+            raise ChildDied("the training process ended without a result") from error
 
     async def ask(self, request: str) -> None:
         """Asks the training under way for `checkpoint`, `yield` or `stop`."""

@@ -41,6 +41,8 @@ def save_checkpoint(folder: Path, step: int) -> dict[str, Any]:
 
 def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
     folder = Path(command["workdir"])
+    if scenario == "is deaf":
+        time.sleep(600)
     link.emit({"event": "stage", "stage": "loading"})
     link.emit({"event": "stage", "stage": "training"})
     if scenario == "hangs":

@@ -107,6 +107,19 @@ async def test_a_single_file_is_drawn_with_and_its_fine_tune_is_a_diffusers_fold
         assert component.key == by_digest.get(component.digest, component.key)
 
 
+async def test_the_fine_tune_of_a_single_file_opens_with_diffusers(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    await trained(platform, pictures, train_text_encoder=True)
+    cache = BlobCache(tmp_path / "opening", 10**9)
+    model = await cache.fetch_model(platform.storage, await platform.storage.get_model(PROJECT, "job-1"))
+    pipeline = StableDiffusionPipeline.from_pretrained(model.folder, local_files_only=True)
+    assert (pipeline.safety_checker, pipeline.vae.config.latent_channels) == (None, 4)
+    cache.close()
+
+
 async def test_frozen_parts_of_a_single_file_are_exported_as_they_are(
     platform: Platform, pictures: tuple[list[Path], list[Path]], sd1_model_dir: Path, tmp_path: Path
 ) -> None:

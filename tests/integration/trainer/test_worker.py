@@ -191,6 +191,31 @@ async def test_a_killed_child_is_replaced_and_the_next_job_is_done(
     assert platform.api.kinds() == ["training", "uploading", "trained"]
 
 
+async def test_a_child_that_waited_long_for_work_is_not_taken_for_hung(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path
+) -> None:
+    await platform.add_base_model(small_base)
+    silence_s = {"loading": 0.4, "training": 0.4, "exporting": 0.4}
+    async with platform.worker("trains", module=FAKE, silence_s=silence_s) as worker:
+        pid = worker.process.pid
+        await asyncio.sleep(1.5)
+        assert worker.process.pid == pid
+        platform.api.waiting.append(await platform.assignment(spec_of(), pictures))
+        await platform.api.until(lambda: platform.api.kinds()[-1:] in (["trained"], ["failed"]))
+    assert platform.api.kinds()[-1] == "trained"
+
+
+async def test_a_child_that_takes_no_command_is_given_up(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path
+) -> None:
+    await platform.add_base_model(small_base)
+    async with platform.worker("is deaf", module=FAKE, silence_s={"starting": 2.0}):
+        platform.api.waiting.append(await platform.assignment(spec_of(), pictures))
+        await platform.api.until(lambda: "failed" in platform.api.kinds())
+    assert platform.api.kinds() == ["failed"]
+    assert platform.api.last.failed.retryable
+
+
 async def test_a_silent_child_is_killed_by_the_watchdog_of_its_stage(
     platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path
 ) -> None:
