@@ -241,7 +241,8 @@ def train(run: Run, observer: Observer) -> Outcome:
             )
 
         # --- what is left of it -----------------------------------------------------------------------------
-        writer.wait()
+        if (folder := writer.wait()) is not None:
+            observer.checkpoint_saved(folder, checkpoints.step_of(folder))
         if ending is Ending.YIELDED:
             folder = checkpoints.write(run.checkpoint_folder, capture())
             observer.checkpoint_saved(folder, counters.update)
