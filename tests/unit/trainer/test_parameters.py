@@ -531,3 +531,30 @@ def test_equal_instance_and_class_prompts_are_warned_about(bench: Bench) -> None
 
 def test_the_fixture_trains_at_the_size_the_tests_assume() -> None:
     assert complete_spec().resolution == RESOLUTION
+
+
+def test_every_use_of_a_picture_draws_noise_and_timestep_of_its_own(bench: Bench) -> None:
+    drawn: list[tuple[Any, ...]] = []
+
+    def note(size: Any, seed: int, purpose: str, *coordinates: Any) -> None:
+        drawn.append((seed, purpose, *coordinates))
+
+    with spying(dreambooth, "normal", note), spying(dreambooth, "uniform_integer", note):
+        bench.train(complete_spec(max_train_steps=12))
+    # Four epochs of three pairs, noise and a timestep for both halves of each.
+    assert len(drawn) == len(set(drawn)) == 12 * 2 * 2
+    assert {name[0] for name in drawn} == {7}
+
+
+def test_seed_decides_the_order_of_the_pictures(bench: Bench) -> None:
+    def order(seed: int) -> tuple[str, ...]:
+        seen: list[str] = []
+        with spying(
+            dreambooth, "_collate", lambda pairs, *a: seen.append(pairs[0].instance.picture.sample_id)
+        ):
+            bench.train(complete_spec(seed=seed), name=str(seed))
+        return tuple(seen)
+
+    orders = [order(seed) for seed in range(5)]
+    assert all(len(set(seen)) == 3 for seen in orders)
+    assert len(set(orders)) > 1
