@@ -9,7 +9,7 @@ await server.run_until_signalled(core.run())
 
 import asyncio
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from services.domain.job import JobKind, Limits, Phase
 from services.domain.ports import BeatFeed, Clock, JobFeed, JobLog, ProgressLog, SmallLog
@@ -24,6 +24,9 @@ from services.jobs.removal import Removal, RemoveObjects, nothing_to_remove
 from services.jobs.upkeep import Lead, Leading, Upkeep
 from services.jobs.views import Views
 from services.jobs.worker_servicer import WorkerServicer
+
+LONGEST_TICK_S: Final = 1.0
+TICKS_PER_LEASE: Final = 10
 
 
 class Platform(Protocol):
@@ -76,7 +79,7 @@ class JobCore:
         documents: DocumentStore,
         *,
         lease_s: float = 30.0,
-        tick_s: float = 1.0,
+        tick_s: float | None = None,
         defaults: Limits | None = None,
         remove_objects: RemoveObjects = nothing_to_remove,
     ) -> None:
@@ -88,12 +91,14 @@ class JobCore:
             clock: this replica's time.
             documents: where long specifications and results are kept.
             lease_s: seconds after which a silent worker's jobs are given away.
-            tick_s: seconds between two looks for what is due.
+            tick_s: seconds between two looks for what is due, well below a third of the lease, since each look is
+                also the sign of life by which this replica knows that it is connected; None: as it should be.
             defaults: limits of jobs that name none.
             remove_objects: removes what a job owns in storage.
         """
         self._feed = platform.job_feed
         self._clock = clock
+        tick_s = min(LONGEST_TICK_S, lease_s / TICKS_PER_LEASE) if tick_s is None else tick_s
         self._tick_s = tick_s
         self._leading: Leading | None = None
         cached = CachedDocuments(documents)

@@ -228,7 +228,7 @@ class TrainingWorker:
         except NotFound:
             logger.warning("checkpoint is gone, training begins anew", extra={"step": reference.step})
             return None
-        logger.info("training goes on", extra={"step": reference.step})
+        logger.info("training resumes from a checkpoint", extra={"step": reference.step})
         return str(folder)
 
     # -- the training ----------------------------------------------------------------------------------------

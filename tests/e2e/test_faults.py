@@ -16,7 +16,7 @@ from tests.e2e import running
 from tests.e2e.running import Platform
 
 DEV = "dev"
-UPDATES = 60
+UPDATES = 300
 WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
 
@@ -39,7 +39,7 @@ def test_a_killed_trainer_changes_no_bit_of_the_result(hurt: Platform, archive: 
     undisturbed = hurt.submit(request)
     assert hurt.wait(undisturbed)["status"] == "COMPLETED"
     disturbed = hurt.submit(request)
-    hurt.wait_for_stage(disturbed, "training", step=UPDATES // 2)
+    hurt.wait_for_stage(disturbed, "training", step=60)
     hurt.kill("trainer-worker")
     ended = hurt.wait(disturbed)
     assert ended["status"] == "COMPLETED", ended

@@ -40,9 +40,8 @@ def make_core(
     documents: MemoryDocuments | None = None,
     **options: Any,
 ) -> JobCore:
-    return JobCore(
-        kind, platform, platform.clock, documents or MemoryDocuments(), lease_s=LEASE_S, tick_s=1.0, **options
-    )
+    options = {"lease_s": LEASE_S} | options
+    return JobCore(kind, platform, platform.clock, documents or MemoryDocuments(), **options)
 
 
 @asynccontextmanager

@@ -37,6 +37,19 @@ async def test_a_dead_workers_job_waits_again_after_the_lease(
         assert (record.attempt, record.fruitless) == (1, 1)
 
 
+@pytest.mark.parametrize("lease_s", [0.5, 3.0, 300.0])
+async def test_a_lease_of_any_length_ends(
+    platform: MemoryPlatform, clock: ManualClock, lease_s: float
+) -> None:
+    await platform.job_log.write(drawing("a"), 0)
+    core = make_core(platform, lease_s=lease_s)
+    async with running(core):
+        taken = await take_one(core)
+        await core.dispatcher.beat(beat_of("w1", taken), {})
+        await clock.advance(lease_s * 1.3 + 2)
+        assert (await newest(platform, taken.record)).ready
+
+
 async def test_a_beating_job_keeps_its_worker(platform: MemoryPlatform, clock: ManualClock) -> None:
     await platform.job_log.write(drawing("a"), 0)
     core = make_core(platform)
