@@ -40,7 +40,9 @@ def program_environ(settings: LauncherSettings, home: Home, environ: Mapping[str
         "BASE_MODEL": settings.base_model,
         "GRACE_S": str(settings.grace_s),
     }
-    return dict(environ) | {PREFIX + name: value for name, value in decided.items()}
+    own = PREFIX + "READY_FD"  # a number that means another file in a child
+    inherited = {name: value for name, value in environ.items() if name != own}
+    return inherited | {PREFIX + name: value for name, value in decided.items()}
 
 
 def stages(settings: LauncherSettings, home: Home, environ: Mapping[str, str]) -> list[list[Program]]:

@@ -96,6 +96,14 @@ def test_services_get_what_the_launcher_decided(tmp_path: Path) -> None:
     assert storage["LIKENESS_BOOTSTRAP_KEY_FILE"] == str(tmp_path / "api-key")
 
 
+def test_no_service_takes_the_launchers_ready_file_for_its_own(tmp_path: Path) -> None:
+    stages = plan.stages(settings(), Home(tmp_path), {"LIKENESS_READY_FD": "9"})
+    services = [program for stage in stages for program in stage if program.command[0] == sys.executable]
+    assert len(services) > 5
+    holders = {program.name for program in services if "LIKENESS_READY_FD" in program.environ}
+    assert holders <= {"examples"}, "the example pictures are served by a program that reads no settings"
+
+
 def test_only_storage_may_reach_the_example_pictures(tmp_path: Path) -> None:
     stages = plan.stages(settings(), Home(tmp_path), {})
     allowed = {
