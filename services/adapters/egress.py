@@ -250,7 +250,7 @@ class Egress:
         _check_answer(response, target, max_bytes)
         digest = hashlib.sha256()
         size_bytes = 0
-        with await asyncio.to_thread(path.open, "wb") as file:
+        with path.open("wb") as file:
             pace = _Pace(self._policy)
             while chunk := await response.content.read(CHUNK_BYTES):
                 size_bytes += len(chunk)

@@ -166,7 +166,7 @@ async def _received(path: Path, first: bytes, requests: AsyncIterator[WriteBlobR
         file.write(data)
 
     try:
-        with await asyncio.to_thread(path.open, "wb") as file:
+        with path.open("wb") as file:
             await asyncio.to_thread(take, file, first)
             size += len(first)
             async for request in requests:

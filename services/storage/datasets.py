@@ -232,7 +232,7 @@ class DatasetImporter:
     async def _copy(self, project: str, key: str, path: Path) -> None:
         _check_key(key, project)
         size_bytes = 0
-        with await asyncio.to_thread(path.open, "wb") as file:
+        with path.open("wb") as file:
             async for part in self._store.read(key):
                 size_bytes += len(part)
                 if size_bytes > self._limits.max_archive_bytes:
