@@ -17,6 +17,7 @@ MODULE: Final = "services.trainer.child"
 SILENCE_S: Final = {"starting": 600.0, "loading": 1800.0, "training": 900.0, "exporting": 1800.0}
 """Seconds without an event after which a child is taken for hung, by stage. An update of a large batch on a CPU may
 take minutes; so may reading weights from a slow disk."""
+LAST_EVENTS: Final = frozenset({"ended", "failed"})
 IDLE_SILENCE_S: Final = 10.0 * 365 * 24 * 3600
 
 Event = dict[str, Any]
@@ -91,11 +92,13 @@ class TrainingProcess:
         event = await self._first(events)
         process.silence_s = self._silence_s[event.get("stage", "loading")]
         yield event
+        if event["event"] in LAST_EVENTS:
+            return
         async for event in events:
             if event["event"] == "stage":
                 process.silence_s = self._silence_s[event["stage"]]
             yield event
-            if event["event"] in ("ended", "failed"):
+            if event["event"] in LAST_EVENTS:
                 return
         raise ChildDied("the training process ended without a result", process.output)
 

@@ -43,6 +43,10 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
     folder = Path(command["workdir"])
     if scenario == "is deaf":
         time.sleep(600)
+    failure = {"reason": "BAD_INPUT", "message": "the model is broken", "field": "base_model"}
+    if scenario == "fails at once":
+        link.emit({"event": "failed", "retryable": False, **failure})
+        return
     link.emit({"event": "stage", "stage": "loading"})
     link.emit({"event": "stage", "stage": "training"})
     if scenario == "hangs":
@@ -52,7 +56,6 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
         time.sleep(0.5)
         raise SystemExit(9)
     if scenario == "fails":
-        failure = {"reason": "BAD_INPUT", "message": "the model is broken", "field": "base_model"}
         link.emit({"event": "failed", "retryable": False, **failure})
     elif scenario == "diverges":
         link.emit(ended("diverged", folder))

@@ -226,11 +226,12 @@ async def test_a_silent_child_is_killed_by_the_watchdog_of_its_stage(
     assert platform.api.last.failed.retryable
 
 
-async def test_a_fault_of_the_input_is_final(
-    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path
+@pytest.mark.parametrize("moment", ["fails", "fails at once"])
+async def test_a_fault_of_the_input_is_final_whenever_the_child_finds_it(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path, moment: str
 ) -> None:
     await platform.add_base_model(small_base)
-    async with platform.worker("fails", module=FAKE):
+    async with platform.worker(moment, module=FAKE):
         platform.api.waiting.append(await platform.assignment(spec_of(), pictures))
         await platform.api.until(lambda: "failed" in platform.api.kinds())
     failed = platform.api.last.failed
