@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -12,10 +12,15 @@ import httpx
 ENDPOINT: Final = "dream-booth-v1"
 FINAL_STATES: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 POLL_S: Final = 0.5
+PATIENCE_S: Final = 60.0
 
 
 class GatewayError(Exception):
     """The gateway refused, or did not answer; the text says what to do."""
+
+
+class GatewayAway(GatewayError):
+    """The gateway did not answer, or not for now: asking again may help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +95,22 @@ class Gateway:
         )
 
     def follow(self, job_id: str) -> Iterator[Snapshot]:
-        """Reads a job again and again until it has ended; a gateway that is away for a while is waited for."""
-        failures = 0
+        """Reads a job again and again until it has ended.
+
+        Raises:
+            GatewayAway: it did not answer for longer than a restart takes.
+            GatewayError: it refused.
+        """
+        answered = monotonic()
         while True:
             try:
                 snapshot = self.read(job_id)
-            except GatewayError:
-                failures += 1
-                if failures > 60:
+            except GatewayAway:
+                if monotonic() - answered > PATIENCE_S:
                     raise
                 sleep(POLL_S)
                 continue
-            failures = 0
+            answered = monotonic()
             yield snapshot
             if snapshot.is_final:
                 return
@@ -137,11 +146,12 @@ class Gateway:
         try:
             answer = self._http.request(method, path, **kwargs)
         except httpx.HTTPError as error:
-            raise GatewayError(
+            raise GatewayAway(
                 f"no answer from {self._http.base_url}: {error}; is the platform up?"
             ) from error
         if answer.status_code != httpx.codes.OK:
-            raise GatewayError(_refusal(answer))
+            kind = GatewayAway if answer.is_server_error else GatewayError
+            raise kind(_refusal(answer))
         body: Mapping[str, Any] = answer.json()
         return body
 

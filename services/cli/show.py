@@ -29,15 +29,17 @@ def show_progress(snapshots: Iterable[Snapshot], console: Console) -> Snapshot:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        bar, stage = bars.add_task(WAITING, total=100, numbers=""), WAITING
+        bar, stage, total = bars.add_task(WAITING, total=100, numbers=""), WAITING, 0
         for snapshot in snapshots:
             now = snapshot.stage or (stage if snapshot.is_final else WAITING)
-            if now != stage:
-                bars.update(bar, completed=100)
+            if now != stage or snapshot.is_final:
+                bars.update(bar, completed=100, numbers=f"{total}/{total}" if total else "")
                 bars.stop_task(bar)
+            if now != stage:
                 bar, stage = bars.add_task(now, total=100, numbers=""), now
-            done = 100.0 if snapshot.is_final else snapshot.percent
-            bars.update(bar, completed=done, numbers=_numbers(snapshot))
+            if not snapshot.is_final:
+                total = int(snapshot.progress.get("total_steps", 0))
+                bars.update(bar, completed=snapshot.percent, numbers=_numbers(snapshot))
     return snapshot
 
 

@@ -70,7 +70,7 @@ def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform
 
     assert last["delayTime"] >= 0
     assert last["executionTime"] > 0
-    assert abs(last["delayTime"] + last["executionTime"] - wall_ms) < 1500, "the times must be true"
+    assert abs(last["delayTime"] + last["executionTime"] - wall_ms) < 3000, "the times must be true"
     assert last["workerId"]
     assert last["gpu"] == "0"
 
