@@ -16,6 +16,7 @@ from services.domain.training_spec import resolve_training_spec
 from services.jobs.admission import Application
 from services.jobs.core import JobCore
 from services.jobs.views import queue_status, states_of
+from services.trainer.support import check_supported
 
 KEEP_AT_LEAST_MS: Final = 1_000
 KEEP_AT_MOST_MS: Final = 30 * 24 * 3600 * 1000
@@ -51,8 +52,8 @@ class TrainingServicer(TrainingServiceServicer):
 
     def _resolved(self, asked: TrainingSpec) -> TrainingSpec:
         spec = resolve_training_spec(asked)
-        if not spec.base_model and not spec.resume_checkpoint_url:
-            spec.base_model = self._base_model
+        check_supported(spec)
+        spec.base_model = spec.base_model or self._base_model
         return spec
 
     async def GetTrainingJob(

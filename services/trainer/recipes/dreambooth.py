@@ -33,7 +33,7 @@ from services.diffusion.loading import load_components, open_model
 from services.trainer import checkpoint as checkpoints
 from services.trainer.conditioning import TextConditioner, posterior_encoder
 from services.trainer.data import Concept, EpochPlan, LatentSource, Pair, PictureReader, Use, fingerprint
-from services.trainer.execution import HONOURED, Execution, check_supported, resolve_execution, schedule_name
+from services.trainer.execution import Execution, resolve_execution, schedule_name
 from services.trainer.losses import NoiseSchedule, add_noise, micro_step_loss, per_sample_mse, training_target
 from services.trainer.optim import (
     LearningRateSchedule,
@@ -44,6 +44,7 @@ from services.trainer.optim import (
 )
 from services.trainer.randomness import GENERATOR_VERSION, Purpose, library_seed, normal, uniform_integer
 from services.trainer.run import Ending, Observer, Outcome, Progress, Request, Run, Stage
+from services.trainer.support import HONOURED, check_supported
 
 logger = logging.getLogger(__name__)
 

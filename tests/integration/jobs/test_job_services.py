@@ -173,3 +173,13 @@ async def test_a_training_without_data_is_refused_with_its_faults(training: Any)
     with pytest.raises(InvalidSpec) as refusal:
         await training.CreateTrainingJob(train(concepts=[], resolution=100))
     assert {"concepts", "resolution"} <= {violation.field for violation in refusal.value.violations}
+
+
+async def test_a_training_that_no_recipe_can_do_is_refused_before_it_is_a_job(training: Any) -> None:
+    asked = train("a", resume_checkpoint_url="https://example.com/a.safetensors", flip_probability=0.5)
+    with pytest.raises(InvalidSpec) as refusal:
+        await training.CreateTrainingJob(asked)
+    fields = {violation.field for violation in refusal.value.violations}
+    assert fields == {"resume_checkpoint_url", "flip_probability"}
+    with pytest.raises(NotFound):
+        await training.GetTrainingJob(trainings.GetTrainingJobRequest(project_id="p", job_id="a"))

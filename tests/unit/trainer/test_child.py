@@ -17,8 +17,8 @@ from services.domain.training_spec import resolve_training_spec
 from services.trainer import child
 from services.trainer.checkpoint import CheckpointMismatch
 from services.trainer.delivery import concept_entries
-from services.trainer.execution import check_supported
 from services.trainer.run import Ending, Progress, Request, Stage
+from services.trainer.support import check_supported
 from tests.unit.trainer.harness import Bench, Recorder, complete_spec, make_concept
 
 

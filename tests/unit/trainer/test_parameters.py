@@ -15,8 +15,8 @@ from transformers.models.clip import modeling_clip
 
 from services.domain.errors import InvalidSpec
 from services.trainer import optim
-from services.trainer.execution import HONOURED, OF_OTHERS
 from services.trainer.recipes import dreambooth
+from services.trainer.support import HONOURED, OF_OTHERS
 from tests.unit.trainer.harness import (
     RESOLUTION,
     Bench,
@@ -97,6 +97,12 @@ REFUSED_VALUES: dict[str, Any] = {
     "export_formats": [pb.EXPORT_FORMAT_SINGLE_FILE],
     "preview_prompts": ["a dog"],
     "crop_jitter": 0.01,
+    "revision": "main",
+    "resume_checkpoint_url": "https://models.example.org/a.safetensors",
+    "hub_subfolder": "pipeline",
+    "bucket_upload": pb.BucketUpload(bucket="b"),
+    "subject_crop": pb.SUBJECT_CROP_CENTER,
+    "sandbox": True,
 }
 
 

@@ -1,0 +1,100 @@
+"""Which fields of a specification the recipes honour. Without torch, so that the api refuses the rest at admission.
+
+A field is either honoured (it changes the training and a test proves it), somebody else's (data, drawing, registry),
+or refused by name: nothing is ignored silently.
+"""
+
+from typing import Any
+
+from likeness.training.v1 import training_job_pb2 as pb
+
+from services.domain.errors import InvalidSpec, Violation
+
+HONOURED = frozenset(
+    {
+        "recipe",
+        "method",
+        "concepts",
+        "seed",
+        "resolution",
+        "center_crop",
+        "num_train_epochs",
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "mixed_precision",
+        "disable_fused_attention",
+        "learning_rate",
+        "text_encoder_learning_rate",
+        "scale_learning_rate",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "lr_decay_steps",
+        "lr_num_cycles",
+        "optimizer_precision",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_weight_decay",
+        "adam_epsilon",
+        "max_grad_norm",
+        "with_prior_preservation",
+        "prior_loss_weight",
+        "train_unet",
+        "train_text_encoder",
+        "pad_tokens",
+        "save_full_precision",
+    }
+)
+"""Fields that the DreamBooth recipe acts upon."""
+
+OF_OTHERS = frozenset(
+    {
+        "base_model",
+        "sample_batch_size",
+        "samples",
+        "preview_steps",
+        "rated_dataset_final_percent",
+        "min_usable_images",
+        "test_negative_prompt",
+        "model_name",
+    }
+)
+"""Fields that act before or after the recipe, or only beside one that is refused."""
+
+_MAY_STAY_UNSET = frozenset({"seed", "text_encoder_learning_rate"})
+_AT_LEAST_ONE = ("resolution", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
+
+
+def check_supported(spec: pb.TrainingSpec) -> None:
+    """Refuses what the DreamBooth recipe cannot do, and a specification whose defaults are not resolved.
+
+    Raises:
+        InvalidSpec: with every fault.
+    """
+    faults = [
+        Violation(field.name, "is not supported by the DreamBooth recipe")
+        for field, value in spec.ListFields()
+        if field.name not in HONOURED | OF_OTHERS and not _is_zero(value)
+    ]
+    if spec.recipe not in (pb.RECIPE_UNSPECIFIED, pb.RECIPE_DREAMBOOTH):
+        faults.append(Violation("recipe", "must be DreamBooth"))
+    if spec.method not in (pb.TRAINING_METHOD_UNSPECIFIED, pb.TRAINING_METHOD_FULL):
+        faults.append(Violation("method", "must be full"))
+    if not (spec.train_unet or spec.train_text_encoder):
+        faults.append(Violation("train_unet", "must be set unless the text encoder is trained"))
+    faults += [Violation(name, "must be at least 1") for name in _AT_LEAST_ONE if getattr(spec, name) < 1]
+    faults += [Violation(name, "must be resolved") for name in _unresolved(spec)]
+    if faults:
+        raise InvalidSpec(faults)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) and not value
+
+
+def _unresolved(spec: pb.TrainingSpec) -> list[str]:
+    optional = [
+        field.name for field in spec.DESCRIPTOR.fields if field.has_presence and field.message_type is None
+    ]
+    return [name for name in optional if name in HONOURED - _MAY_STAY_UNSET and not spec.HasField(name)]
