@@ -24,7 +24,9 @@ from services.domain.errors import (
     INTERNAL_TEXT,
     AlreadyExists,
     BadInput,
+    Cancelled,
     Conflict,
+    DeadlineExceeded,
     Internal,
     InvalidSpec,
     LikenessError,
@@ -58,6 +60,12 @@ IMPORT_TIMEOUT_S: Final = 1800.0
 MAX_WARNINGS: Final = 20
 MAX_WARNING_CHARS: Final = 200
 """What a record keeps of an import's remarks; the dataset's manifest has them all."""
+
+OUTAGES: Final = (Unavailable, DeadlineExceeded, Cancelled)
+"""What a call to a sibling raises that is away, frozen, or leaving: nothing is said about the job."""
+
+Led = tuple[JobRef, Phase, int]
+"""What is led: one phase of one run of a job."""
 
 ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
 
@@ -94,41 +102,62 @@ class TrainingLeader:
         self._siblings = siblings
         self._read_spec = read_spec
         self._pause = pause
+        self._drawings: dict[Led, dict[str, asyncio.Task[Any]]] = {}
+        self._stopping: set[asyncio.Task[None]] = set()
 
     async def lead(self, revision: Revision) -> None:
         """Does all that is left of the phase the job is in; returns when the job has moved on.
 
-        Faults that may pass are tried again; others end the job FAILED. Cancelling this task stops the job's drawings.
+        Faults that may pass are tried again; others end the job FAILED. Drawings that are under way when it ends, or
+        is cancelled, are ended if the job has ended too; else whoever leads the job next waits for them.
         """
-        ref = revision.record.ref
+        led = _led(revision.record)
+        try:
+            await self._lead_persistently(led)
+        finally:
+            if self._drawings.get(led):
+                task = asyncio.create_task(self._stop_drawings(led))
+                self._stopping.add(task)
+                task.add_done_callback(self._stopping.discard)
+                await asyncio.shield(task)
+
+    async def _lead_persistently(self, led: Led) -> None:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await self._lead_once(ref)
+                return await self._lead_once(led)
             except Conflict:
                 continue
             except Exception as error:
                 known = error if isinstance(error, LikenessError) else Internal(INTERNAL_TEXT)
-                if row_of(known).fails_job or (attempt == ATTEMPTS and not isinstance(known, Unavailable)):
-                    logger.exception("phase failed", extra={"job_id": ref.id})
-                    return await self._fail(ref, known)
+                if _is_final(known, attempt):
+                    logger.exception("phase failed", extra={"job_id": led[0].id})
+                    return await self._fail(led, known)
                 logger.warning(
-                    "phase met a fault that may pass", extra={"job_id": ref.id, "error": str(error)}
+                    "phase met a fault that may pass", extra={"job_id": led[0].id, "error": str(error)}
                 )
                 await self._pause(2 ** (attempt - 1))
 
-    async def _lead_once(self, ref: JobRef) -> None:
-        revision = await self._log.read(ref)
-        if revision is None or revision.record.is_final:
+    async def _lead_once(self, led: Led) -> None:
+        revision = await self._present(led)
+        if revision is None:
             return
-        phase = revision.record.phase
-        if phase is Phase.PREPARE:
+        if revision.record.phase is Phase.PREPARE:
             await self._prepare(revision)
-        elif phase is Phase.FINISH:
+        elif revision.record.phase is Phase.FINISH:
             await self._finish(revision)
 
-    async def _fail(self, ref: JobRef, error: LikenessError) -> None:
-        revision = await self._log.read(ref)
-        if revision is None or revision.record.is_final:
+    async def _present(self, led: Led) -> Revision | None:
+        """The newest revision; None when the job has ended, or is in another phase or run by now."""
+        revision = await self._log.read(led[0])
+        if revision is None or _led(revision.record) != led:
+            return None
+        lives = revision.record.state in (life.JobState.QUEUED, life.JobState.RUNNING)
+        return revision if lives else None
+
+    async def _fail(self, led: Led, error: LikenessError) -> None:
+        """Ends the job; one that another leader has brought further meanwhile is left alone."""
+        revision = await self._present(led)
+        if revision is None:
             return
         violations = error.violations if isinstance(error, InvalidSpec) else ()
         failure = JobFailure(row_of(error).reason, str(error), violations[0].field if violations else "")
@@ -200,13 +229,16 @@ class TrainingLeader:
     async def _import(
         self, project: str, source: training_job_pb2.ImageSource, captions: bool, at_least: int
     ) -> artifact_pb2.Dataset:
-        return await self._siblings.storage.import_dataset(
-            project,
-            source,
-            read_captions=captions,
-            min_usable_images=at_least,
-            timeout_s=IMPORT_TIMEOUT_S,
-        )
+        try:
+            return await self._siblings.storage.import_dataset(
+                project,
+                source,
+                read_captions=captions,
+                min_usable_images=at_least,
+                timeout_s=IMPORT_TIMEOUT_S,
+            )
+        except DeadlineExceeded as error:
+            raise BadInput("the pictures did not come in time", source.field) from error
 
     async def _draw_missing(
         self, revision: Revision, plans: Sequence["_ConceptPlan"], total: int, in_flight: int
@@ -305,16 +337,17 @@ class TrainingLeader:
         """Has pictures drawn by a job with an id fixed by parent, run and name; returns them in order."""
         job_id = child_id(record, name)
         options = job_pb2.JobOptions(policy=job_pb2.JobPolicy(priority=job_pb2.JOB_PRIORITY_HIGH))
-        await self._siblings.inference.CreateGenerationJob(
-            inference_service_pb2.CreateGenerationJobRequest(
-                project_id=record.project, job_id=job_id, spec=spec, options=options, parent_job_id=record.id
-            )
+        request = inference_service_pb2.CreateGenerationJobRequest(
+            project_id=record.project, job_id=job_id, spec=spec, options=options, parent_job_id=record.id
         )
-        try:
-            job = await self._ended(record.project, job_id)
-        except asyncio.CancelledError:
-            await asyncio.shield(self._cancel_drawing(record.project, job_id))
-            raise
+        open_drawings = self._drawings.setdefault(_led(record), {})
+        # Never given up half way: nobody could tell whether the drawing will come to be.
+        creating = open_drawings[job_id] = asyncio.ensure_future(
+            self._siblings.inference.CreateGenerationJob(request)
+        )
+        await asyncio.shield(creating)
+        job = await self._ended(record.project, job_id)
+        open_drawings.pop(job_id, None)
         if job.state != job_pb2.JOB_STATE_SUCCEEDED:
             cause = job.error.message or f"the drawing ended {job_pb2.JobState.Name(job.state)}"
             raise BadInput(f"a picture of this job could not be drawn: {cause}")
@@ -332,7 +365,7 @@ class TrainingLeader:
                     await self._siblings.inference.GetGenerationJob(get)
                 ).job
             except LikenessError as error:
-                if not row_of(error).retry_job and row_of(error).reason != "DEADLINE_EXCEEDED":
+                if not row_of(error).retry_job and not isinstance(error, OUTAGES):
                     raise
                 logger.info("waiting for the inference api", extra={"job_id": job_id})
                 await self._pause(0.5)
@@ -340,10 +373,24 @@ class TrainingLeader:
             if job.state not in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING):
                 return job
 
-    async def _cancel_drawing(self, project: str, job_id: str) -> None:
+    async def _stop_drawings(self, led: Led) -> None:
+        """Ends the drawings that are under way for a job that has moved on without them."""
+        left = self._drawings.pop(led)
+        try:
+            if await self._present(led) is not None:
+                return
+        except LikenessError as error:
+            logger.warning("drawings were left", extra={"job_id": led[0].id, "error": str(error)})
+            return
+        await asyncio.gather(*(self._cancel_drawing(led[0].project, *drawing) for drawing in left.items()))
+
+    async def _cancel_drawing(self, project: str, job_id: str, creating: "asyncio.Task[Any]") -> None:
+        await asyncio.wait({creating})
         request = inference_service_pb2.CancelGenerationJobRequest(job_id=job_id, project_id=project)
         try:
             await self._siblings.inference.CancelGenerationJob(request)
+        except NotFound:
+            logger.debug("drawing %s was never admitted", job_id)
         except LikenessError as error:
             logger.warning("a drawing was left behind", extra={"job_id": job_id, "error": str(error)})
 
@@ -410,6 +457,17 @@ async def _all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _led(record: JobRecord) -> Led:
+    return record.ref, record.phase, record.round
+
+
+def _is_final(error: LikenessError, attempt: int) -> bool:
+    """Whether an error ends the job: its own fault at once, an unforeseen one after some tries, an outage never."""
+    if isinstance(error, OUTAGES):
+        return False
+    return row_of(error).fails_job or attempt == ATTEMPTS
 
 
 def _to_json(message: Any) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from likeness.training.v1 import training_job_pb2
 
 from services.adapters.memory import MemoryPlatform
 from services.domain import job as life
-from services.domain.errors import AlreadyExists, BadInput, NotFound, Unavailable
+from services.domain.errors import (
+    AlreadyExists,
+    BadInput,
+    Cancelled,
+    DeadlineExceeded,
+    NotFound,
+    Unavailable,
+)
 from services.domain.job import JobKind, JobRef, JobState, Limits, Phase, Stage
 from services.domain.ports import Revision
 from services.trainer.drawings import ClassImages, child_id, runs_of
@@ -77,11 +84,24 @@ class FakeInference:
         self.order: list[str] = []
         self.cancelled: list[str] = []
         self.never_ends = False
+        self.faults: list[Exception] = []
+        self.create_when = asyncio.Event()
+        self.create_when.set()
+        self.failing: set[str] = set()
+        self.slow: set[str] = set()
+        self.away_for: set[str] = set()
         self.state = job_pb2.JOB_STATE_SUCCEEDED
 
     async def CreateGenerationJob(self, request: inference_service_pb2.CreateGenerationJobRequest) -> Any:
-        if request.job_id not in self.jobs:
+        if self.faults:
+            raise self.faults.pop()
+        if request.spec.prompt in self.away_for:
+            raise Unavailable("inference")
+        if request.job_id not in self.order:
             self.order.append(request.job_id)
+        await self.create_when.wait()
+        if request.job_id in self.jobs:
+            return
         seeds = [request.spec.seed + i for i in range(request.spec.num_images)]
         images = [
             generation_job_pb2.GeneratedImage(key=f"{request.spec.prompt}#{seed}", seed=seed)
@@ -90,13 +110,13 @@ class FakeInference:
         self.jobs[request.job_id] = generation_job_pb2.GenerationJob(
             job_id=request.job_id,
             spec=request.spec,
-            state=self.state,
+            state=job_pb2.JOB_STATE_FAILED if request.spec.prompt in self.failing else self.state,
             result=generation_job_pb2.GenerationResult(images=images),
             parent_job_id=request.parent_job_id,
         )
 
     async def WatchGenerationJob(self, request: Any) -> AsyncIterator[Any]:
-        if self.never_ends:
+        if self.never_ends or self.jobs[request.job_id].spec.prompt in self.slow:
             await asyncio.Event().wait()
         yield inference_service_pb2.WatchGenerationJobResponse()
 
@@ -104,6 +124,9 @@ class FakeInference:
         return inference_service_pb2.GetGenerationJobResponse(job=self.jobs[request.job_id])
 
     async def CancelGenerationJob(self, request: Any) -> None:
+        if request.job_id not in self.jobs:
+            raise NotFound(request.job_id)
+        self.jobs[request.job_id].state = job_pb2.JOB_STATE_CANCELLED
         self.cancelled.append(request.job_id)
 
     @property
@@ -316,17 +339,120 @@ async def test_a_drawing_that_fails_fails_the_job() -> None:
     assert "could not be drawn" in record.error.message
 
 
-async def test_a_cancelled_job_takes_its_drawings_with_it() -> None:
-    house = House(a_spec())
-    house.inference.never_ends = True
+async def begun(house: House) -> "asyncio.Task[None]":
+    """A leader that waits for a drawing."""
     leading = asyncio.create_task(house.leader.lead(await house.admit()))
     while not house.inference.order:
         await asyncio.sleep(0)
     await asyncio.sleep(0.01)
+    return leading
+
+
+async def cancel_job(house: House) -> None:
+    revision = await house.read()
+    await house.platform.job_log.write(life.cancel(revision.record, 0), revision.sequence)
+
+
+async def ended(leading: "asyncio.Task[None]") -> None:
     leading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leading
+
+
+async def test_a_cancelled_job_takes_its_drawings_with_it() -> None:
+    house = House(a_spec())
+    house.inference.never_ends = True
+    leading = await begun(house)
+    await cancel_job(house)
+    await ended(leading)
     assert house.inference.cancelled == house.inference.order
+
+
+async def test_a_drawing_that_was_just_being_asked_for_ends_with_its_cancelled_job() -> None:
+    house = House(a_spec())
+    house.inference.create_when.clear()
+    leading = await begun(house)
+    await cancel_job(house)
+    leading.cancel()
+    await asyncio.sleep(0.01)
+    house.inference.create_when.set()
+    with pytest.raises(asyncio.CancelledError):
+        await leading
+    assert house.inference.cancelled == house.inference.order == list(house.inference.jobs)
+
+
+async def test_a_leader_that_leaves_leaves_its_drawings_to_the_next() -> None:
+    house = House(a_spec())
+    house.inference.never_ends = True
+    await ended(await begun(house))
+    assert house.inference.cancelled == []
+    house.inference.never_ends = False
+    await house.leader.lead(await house.read())
+    assert (await house.read()).record.ready
+
+
+def a_spec_with_samples() -> training_job_pb2.TrainingSpec:
+    samples = [generation_job_pb2.GenerationSpec(prompt=prompt) for prompt in ("on the moon", "at sea")]
+    return a_spec(samples=samples, with_prior_preservation=False)
+
+
+async def trained(house: House) -> Revision:
+    await house.leader.lead(await house.admit())
+    await house.train()
+    return await house.read()
+
+
+async def test_an_outage_at_one_sample_does_not_end_the_others() -> None:
+    house = House(a_spec_with_samples())
+    revision = await trained(house)
+    house.inference.away_for, house.inference.slow = {"on the moon"}, {"at sea"}
+    await house.leader.lead(revision)
+    assert len(house.pauses) == ATTEMPTS
+    assert house.inference.cancelled == []
+    house.inference.away_for, house.inference.slow = set(), set()
+    await house.leader.lead(await house.read())
+    assert (await house.read()).record.state is JobState.SUCCEEDED
+
+
+async def test_the_other_samples_of_a_job_that_fails_are_ended() -> None:
+    house = House(a_spec_with_samples())
+    revision = await trained(house)
+    house.inference.failing, house.inference.slow = {"on the moon"}, {"at sea"}
+    await house.leader.lead(revision)
+    assert (await house.read()).record.state is JobState.FAILED
+    assert child_id(revision.record, "sample/1") in house.inference.cancelled
+
+
+async def test_a_frozen_sibling_is_no_fault_of_the_job() -> None:
+    house = House(a_spec())
+    house.inference.faults = [DeadlineExceeded("inference"), Cancelled("inference")]
+    await house.leader.lead(await house.admit())
+    assert (await house.read()).record.ready
+
+
+async def test_data_that_does_not_come_in_time_fails_the_job_with_its_field() -> None:
+    house = House(a_spec())
+    house.storage.faults = [DeadlineExceeded("storage")]
+    await house.leader.lead(await house.admit())
+    error = (await house.read()).record.error
+    assert error is not None
+    assert (error.reason, error.field) == ("BAD_INPUT", "concepts[0].instance_data")
+
+
+async def test_a_leader_does_not_fail_a_job_that_another_has_brought_further() -> None:
+    house = House(a_spec(with_prior_preservation=False))
+    revision = await house.admit()
+    import_dataset = house.storage.import_dataset
+
+    async def brought_further(*args: Any, **kwargs: Any) -> artifact_pb2.Dataset:
+        house.storage.import_dataset = import_dataset  # type: ignore[method-assign]
+        await house.leader.lead(revision)
+        raise BadInput("the server answered 503 to this one", "concepts[0].instance_data")
+
+    house.storage.import_dataset = brought_further  # type: ignore[method-assign]
+    await house.leader.lead(revision)
+    record = (await house.read()).record
+    assert (record.state, record.ready) == (JobState.RUNNING, True)
 
 
 async def test_a_job_that_has_ended_is_left_alone() -> None:
