@@ -15,8 +15,8 @@ SIZE_PX = 512
 OVERSAMPLING = 2
 HERE = Path(__file__).parent
 
-SKY, SNOW, SAND, GRASS, NIGHT, SEA, WALL = (
-    (142, 202, 230), (240, 244, 248), (233, 196, 106), (88, 149, 84), (24, 28, 58), (33, 110, 150), (205, 180, 219),
+SKY, SNOW, SAND, GRASS, NIGHT, WALL = (
+    (142, 202, 230), (240, 244, 248), (233, 196, 106), (88, 149, 84), (24, 28, 58), (205, 180, 219),
 )  # fmt: skip
 ORANGE, PURPLE, YELLOW, WHITE, BLACK = (
     (244, 132, 32),

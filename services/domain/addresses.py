@@ -188,16 +188,6 @@ def check_port(target: Target) -> None:
         raise EgressRefused(f"port {target.port} is not reachable from this service")
 
 
-def parse_networks(text: str) -> tuple[Network, ...]:
-    """Reads a comma list of address ranges, for instance ``10.0.0.0/8, 192.0.2.7``.
-
-    Raises:
-        ValueError: an entry is not an address range; the text names it.
-    """
-    entries = [entry.strip() for entry in text.split(",")]
-    return tuple(ipaddress.ip_network(entry, strict=False) for entry in entries if entry)
-
-
 def _has_odd_characters(url: str) -> bool:
     return any(char == "\\" or (char != " " and (char.isspace() or not char.isprintable())) for char in url)
 

@@ -76,13 +76,6 @@ class CaughtUp:
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
-class Purged:
-    """A job's revisions were found removed; sent only where the adapter learns of it."""
-
-    ref: JobRef
-
-
 class JobFeed(Protocol):
     """The revisions as they come."""
 
@@ -101,7 +94,7 @@ class Beat:
 
     Attributes:
         jobs: (project, job id, epoch) of each job it works on.
-        stopped: the worker said that it is leaving.
+        leaving: the worker takes no more work and is about to end.
     """
 
     kind: JobKind

@@ -36,7 +36,6 @@ MAX_MANIFEST_BYTES: Final = 64 << 20
 MAX_NAMED_FILES: Final = 20
 """So many files are named one by one in the warnings; the report names all."""
 
-_FOLDER_PREFIX: Final = "import-"
 _ZIP_SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06")
 _PNG_HEADER: Final = struct.Struct(">8s4x4sII")
 
@@ -73,7 +72,8 @@ class DatasetImporter:
         Args:
             store: where pictures and manifests go.
             egress: the way to users' addresses.
-            work_folder: for files on their way; made if missing. Nothing stays in it.
+            work_folder: for files on their way; made if missing. An import that is killed with its process leaves
+                its folder there: the owner sweeps, as an artifact store does its staging folder.
             limits: what one import may cost.
         """
         self._store = store
@@ -81,11 +81,6 @@ class DatasetImporter:
         self._work_folder = work_folder
         self._limits = limits or ImportLimits()
         self._turn = asyncio.Semaphore(self._limits.parallel_imports)
-
-    def clear_leftovers(self) -> None:
-        """Removes what imports left that were killed with their process; for the start of the service."""
-        for folder in self._work_folder.glob(f"{_FOLDER_PREFIX}*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
     async def import_source(
         self,
@@ -178,7 +173,7 @@ class DatasetImporter:
     async def _folder(self) -> AsyncIterator[Path]:
         """A folder of its own for one import, removed whatever happens."""
         await asyncio.to_thread(self._work_folder.mkdir, parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=self._work_folder))
+        folder = Path(tempfile.mkdtemp(prefix="import-", dir=self._work_folder))
         try:
             yield folder
         finally:

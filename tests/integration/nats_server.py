@@ -83,10 +83,6 @@ class NatsServer:
         """Stops its process where it stands; connections stay open."""
         os.kill(self._pid, signal.SIGSTOP)
 
-    def resume(self) -> None:
-        """Lets a paused process go on."""
-        os.kill(self._pid, signal.SIGCONT)
-
     async def restart_after_kill(self, down_s: float = 0.0) -> None:
         """kill -9, a pause, and a start, without blocking the event loop.
 

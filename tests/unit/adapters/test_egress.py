@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.test_utils import TestServer
 
 from services.adapters.egress import Egress, EgressPolicy, with_field
-from services.domain.addresses import parse_networks
 from services.domain.errors import BadInput, EgressRefused, Unavailable
 
-LOOPBACK = parse_networks("127.0.0.1/32")
+LOOPBACK = (ip_network("127.0.0.1"),)
 POLICY = EgressPolicy(allow=LOOPBACK, connect_timeout_s=2.0, read_timeout_s=1.0, retry_pause_s=0.01)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -31,6 +31,11 @@ def test_values_come_from_the_environment_with_their_types() -> None:
     assert storage.home == Path("/data")
 
 
+def test_an_address_range_that_is_none_is_named() -> None:
+    with pytest.raises(settings.SettingsError, match=r"LIKENESS_EGRESS_ALLOW: .*no-network"):
+        settings.load(settings.StorageSettings, {"LIKENESS_EGRESS_ALLOW": "10.0.0.0/8,no-network"})
+
+
 def test_an_empty_variable_means_its_default() -> None:
     assert settings.load(settings.TrainerWorkerSettings, {"LIKENESS_BEAT_S": ""}).beat_s == 5.0
 

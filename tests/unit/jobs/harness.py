@@ -9,7 +9,7 @@ from likeness.inference.v1.generation_job_pb2 import GenerationSpec
 from likeness.job.v1.job_pb2 import JobOptions
 from likeness.training.v1.training_job_pb2 import TrainingSpec
 
-from services.adapters.memory import ManualClock, MemoryPlatform
+from services.adapters.memory import MemoryPlatform
 from services.domain import job as life
 from services.domain.job import JobKind, JobRecord, JobRef, Limits
 from services.domain.ports import Beat, Revision
@@ -111,8 +111,3 @@ def beat_of(worker: str, *revisions: Revision, **fields: Any) -> Beat:
     jobs = tuple((r.record.project, r.record.id, r.record.epoch) for r in revisions)
     kind = revisions[0].record.kind if revisions else JobKind.GEN
     return Beat(kind=kind, worker=worker, jobs=jobs, **fields)
-
-
-def clock_of(platform: MemoryPlatform) -> ManualClock:
-    assert isinstance(platform.clock, ManualClock)
-    return platform.clock
