@@ -28,12 +28,18 @@ def train(
     steps: Annotated[int, typer.Option(help="Optimizer updates.")] = 2000,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-6,
     resolution: Annotated[int, typer.Option(help="Side of the training square, pixels.")] = 512,
+    class_images: Annotated[int, typer.Option(help="Pictures of the class that keep it from drifting.")] = 50,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out"),
     wait: Annotated[bool, typer.Option(help="Stay until the job has ended.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Train on pictures of a subject and draw it in new scenes."""
-    concept = {"instance_data": pictures, "instance_prompt": prompt, "class_prompt": class_prompt}
+    concept = {
+        "instance_data": pictures,
+        "instance_prompt": prompt,
+        "class_prompt": class_prompt,
+        "num_class_images": class_images,
+    }
     request = {
         "input": {
             "concepts": [concept],

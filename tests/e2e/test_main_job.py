@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -131,6 +132,29 @@ def test_the_unmodified_python_sdk_works(platform: Platform, archive: str) -> No
     assert all(open_picture(image["image"]) for image in told["run_sync"])
     assert told["health"]["jobs"]["completed"] >= 2
     assert set(told["health"]["workers"]) >= {"idle", "running", "unhealthy"}
+
+
+def test_the_command_line_trains_and_saves_the_pictures(
+    platform: Platform, archive: str, tmp_path: Path
+) -> None:
+    words = [
+        "--prompt",
+        "photo of sks robot",
+        "--class-prompt",
+        "photo of a robot",
+        "--sample",
+        "sks robot at sea",
+    ]
+    words += ["--steps", "2", "--resolution", "256", "--class-images", "1", "--out", str(tmp_path)]
+    environment = os.environ | {"LIKENESS_URL": platform.url, "LIKENESS_HOME": str(platform.home)}
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli.main", "train", archive, *words],
+        env=environment, capture_output=True, text=True, timeout=170, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr + platform.logs()
+    [picture] = tmp_path.glob("*.png")
+    assert Image.open(picture).size == (512, 512)
+    assert str(picture) in done.stdout
 
 
 def test_cancel_in_training_ends_the_job_and_frees_the_trainer(platform: Platform, archive: str) -> None:

@@ -115,6 +115,7 @@ def test_train_submits_follows_and_saves_the_pictures(
         "instance_data": "http://x/a.zip",
         "instance_prompt": "photo of zkw dog",
         "class_prompt": "photo of a dog",
+        "num_class_images": 50,
     }
     assert body["input"]["samples"] == [{"prompt": "zkw at sea"}]
     picture = tmp_path / "out" / "00-seed-7.png"
