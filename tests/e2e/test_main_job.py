@@ -153,7 +153,8 @@ def test_the_command_line_trains_and_saves_the_pictures(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr + platform.logs()
     [picture] = tmp_path.glob("*.png")
-    assert Image.open(picture).size == (512, 512)
+    with Image.open(picture) as opened:
+        assert opened.size == (512, 512)
     assert str(picture) in done.stdout
 
 
