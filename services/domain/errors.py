@@ -135,6 +135,10 @@ class Internal(LikenessError):
     """A bug or an unforeseen fault; details belong to the log only."""
 
 
+OUTAGES: tuple[type[LikenessError], ...] = (Unavailable, DeadlineExceeded, Cancelled)
+"""What a call raises whose other side is away, frozen or leaving. It says nothing about the job it was made for."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
     """How one class of errors looks at each border.

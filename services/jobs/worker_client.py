@@ -26,13 +26,14 @@ from likeness.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from services.adapters.grpc_client import Channel
 from services.domain.errors import (
-    Cancelled,
-    DeadlineExceeded,
+    OUTAGES,
+    Conflict,
     Internal,
+    InvalidSpec,
     LikenessError,
     NotFound,
+    QueueFull,
     StaleEpoch,
-    Unavailable,
     public_text,
     row_of,
 )
@@ -46,8 +47,9 @@ REPORT_TIMEOUT_S: Final = 10.0
 MAX_UNFORESEEN: Final = 10
 """Times a report is repeated after an answer INTERNAL before the worker gives up on it."""
 
-_UNCLEAR: Final = (Unavailable, DeadlineExceeded, Cancelled, Internal)
-"""Answers after which the report may or may not have been accepted: the same number is sent again."""
+_UNCLEAR: Final[tuple[type[LikenessError], ...]] = (*OUTAGES, Internal, QueueFull, Conflict)
+"""Answers after which the report may or may not have been accepted, or will be later, when the log has room or is less
+busy: the same number is sent again."""
 
 
 class JobHandle:
@@ -155,7 +157,13 @@ class JobHandle:
     async def _report_last(self, **report: Any) -> None:
         try:
             await self._report(**report)
-        except (StaleEpoch, Internal):
+        except InvalidSpec:
+            if (
+                not {"trained", "finished"} & report.keys()
+            ):  # of a result that is refused the failure can be told
+                self._end()
+            raise
+        except LikenessError:
             self._end()
             raise
         self._end()

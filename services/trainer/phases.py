@@ -22,16 +22,15 @@ from services.adapters.storage_client import StorageClient
 from services.domain import job as life
 from services.domain.errors import (
     INTERNAL_TEXT,
+    OUTAGES,
     AlreadyExists,
     BadInput,
-    Cancelled,
     Conflict,
     DeadlineExceeded,
     Internal,
     InvalidSpec,
     LikenessError,
     NotFound,
-    Unavailable,
     row_of,
 )
 from services.domain.job import JobFailure, JobRecord, JobRef, Phase, Stage
@@ -60,9 +59,6 @@ IMPORT_TIMEOUT_S: Final = 1800.0
 MAX_WARNINGS: Final = 20
 MAX_WARNING_CHARS: Final = 200
 """What a record keeps of an import's remarks; the dataset's manifest has them all."""
-
-OUTAGES: Final = (Unavailable, DeadlineExceeded, Cancelled)
-"""What a call to a sibling raises that is away, frozen, or leaving: nothing is said about the job."""
 
 Led = tuple[JobRef, Phase, int]
 """What is led: one phase of one run of a job."""

@@ -11,7 +11,7 @@ from likeness.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from services.adapters.grpc_client import Channel
 from services.adapters.memory import MemoryPlatform
 from services.domain import job as life
-from services.domain.errors import BadInput, InvalidSpec, StaleEpoch, Unavailable
+from services.domain.errors import BadInput, Conflict, InvalidSpec, QueueFull, StaleEpoch, Unavailable
 from services.domain.job import JobFailure, JobKind, JobRecord, JobState, Limits, Phase, Stage
 from services.jobs.worker_client import WorkerClient
 from tests.integration.jobs.harness import LEASE_S, eventually, serving, worker
@@ -273,6 +273,67 @@ async def test_reports_whose_answers_are_lost_are_accepted_once(platform: Memory
     ended = await newest(platform, record)
     assert ended.reported == 4
     assert ended.checkpoint == life.Checkpoint("manifest", 30)
+
+
+class Refuses:
+    """Answers the first reports with errors, and the later ones as the servicer does."""
+
+    def __init__(self, inner: Any, *errors: Exception) -> None:
+        self.inner, self.errors = inner, list(errors)
+        self.Take, self.Beat = inner.Take, inner.Beat
+
+    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
+        if self.errors:
+            raise self.errors.pop(0)
+        response: pb.ReportResponse = await self.inner.Report(request, context)
+        return response
+
+
+async def test_a_report_waits_until_a_full_or_busy_log_takes_it(platform: MemoryPlatform) -> None:
+    record = await put_drawing(platform)
+
+    def busy(inner: Any) -> Refuses:
+        return Refuses(inner, QueueFull("the job log is full"), Conflict("being changed without end"))
+
+    async with serving(platform, wrap=busy) as api, worker(api) as client:
+        [job] = await client.take()
+        await job.finished(GenerationResult())
+    assert (await newest(platform, record)).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("report", ["failed", "yielded"])
+async def test_a_job_whose_end_cannot_be_told_is_left_to_its_lease(
+    platform: MemoryPlatform, report: str
+) -> None:
+    record = await put_drawing(platform)
+
+    def refusing(inner: Any) -> Refuses:
+        return Refuses(inner, InvalidSpec("the record is too large"))
+
+    async with serving(platform, wrap=refusing) as api, worker(api) as client:
+        [job] = await client.take()
+        with pytest.raises(InvalidSpec):
+            await (job.failed(BadInput("x")) if report == "failed" else job.yielded("x"))
+        assert client.held == ()
+        await eventually(lambda: _is_ready(platform, record))
+
+
+async def _is_ready(platform: MemoryPlatform, record: JobRecord) -> bool:
+    return (await newest(platform, record)).ready
+
+
+async def test_of_a_result_that_is_refused_the_failure_can_be_told(platform: MemoryPlatform) -> None:
+    record = await put_drawing(platform)
+
+    def refusing(inner: Any) -> Refuses:
+        return Refuses(inner, InvalidSpec("the record is too large"))
+
+    async with serving(platform, wrap=refusing) as api, worker(api) as client:
+        [job] = await client.take()
+        with pytest.raises(InvalidSpec) as refusal:
+            await job.finished(GenerationResult())
+        await job.failed(refusal.value)
+    assert (await newest(platform, record)).state is JobState.FAILED
 
 
 async def test_a_report_outlives_a_restart_of_the_api(platform: MemoryPlatform) -> None:
