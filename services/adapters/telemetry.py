@@ -12,11 +12,13 @@ import re
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
 
 TRACEPARENT = "traceparent"
 REQUEST_ID = "x-request-id"
@@ -76,7 +78,13 @@ def continued_trace(traceparent: str = "", request_id: str = "") -> Iterator[Tra
     try:
         yield _trace.get() or TraceContext(trace_id, "")
     finally:
-        _trace.reset(token)
+        _restore(_trace, token)
+
+
+def _restore(variable: ContextVar[T], token: Token[T]) -> None:
+    """Ends a block; a generator that was dropped half way is closed in another context, with nothing to restore."""
+    with suppress(ValueError):
+        variable.reset(token)
 
 
 def outgoing_headers() -> list[tuple[str, str]]:
@@ -101,7 +109,7 @@ def bound(**fields: object) -> Iterator[None]:
     try:
         yield
     finally:
-        _fields.reset(token)
+        _restore(_fields, token)
 
 
 def _event_fields(record: logging.LogRecord) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Log lines and trace context."""
 
+import contextvars
 import io
 import json
 import logging
@@ -80,6 +81,17 @@ def test_a_malformed_header_begins_a_new_trace(header: str) -> None:
     with telemetry.continued_trace(header) as trace:
         assert len(trace.trace_id) == 32
         assert trace.trace_id != "0af7651916cd43dd8448eb211c80319c"
+
+
+def test_a_generator_inside_a_trace_may_be_closed_from_another_context() -> None:
+    def work() -> Iterator[str]:
+        with telemetry.continued_trace(PARENT) as trace, telemetry.bound(job_id="j"):
+            yield trace.trace_id
+
+    generator = work()
+    assert contextvars.copy_context().run(next, generator) == PARENT.split("-")[1]
+    generator.close()  # type: ignore[attr-defined]
+    assert telemetry.current_trace() is None
 
 
 def test_a_request_id_with_strange_characters_is_dropped() -> None:
