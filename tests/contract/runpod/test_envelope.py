@@ -66,6 +66,16 @@ def test_what_is_not_json_is_refused(body: bytes) -> None:
         wire.read_envelope(body)
 
 
+def test_a_body_may_be_nested_a_hundred_levels_and_no_deeper() -> None:
+    def nested(levels: int) -> bytes:
+        inner = levels - 2
+        return b'{"input": {"a": ' + b"[" * inner + b"]" * inner + b"}}"
+
+    assert wire.read_envelope(nested(100)).given
+    with pytest.raises(errors.InvalidSpec, match="deeper than 100 levels"):
+        wire.read_envelope(nested(101))
+
+
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("case", JOBS, ids=lambda case: case["name"])
 def test_a_job_becomes_this_body(case: dict[str, Any], version: wire.Version) -> None:
@@ -138,6 +148,8 @@ def test_a_ttl_of_ten_seconds_is_read() -> None:
         (errors.Unavailable("the bus"), 503, {"error": "service unavailable"}, {}),
         (errors.OutcomeUnknown("x"), 503, {"error": "service unavailable"}, {}),
         (errors.DeadlineExceeded("x"), 503, {"error": "service unavailable"}, {}),
+        (errors.Conflict("x"), 503, {"error": "service unavailable"}, {}),
+        (errors.Cancelled("x"), 503, {"error": "service unavailable"}, {}),
         (errors.InvalidSpec("is bad", "a"), 400, {"error": "invalid input", "details": ["a: is bad"]}, {}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

@@ -17,6 +17,8 @@ from likeness.training.v1 import training_job_pb2
 
 from services.domain.addresses import parse_target
 from services.domain.errors import (
+    Cancelled,
+    Conflict,
     DeadlineExceeded,
     EgressRefused,
     InvalidSpec,
@@ -43,6 +45,8 @@ SHORTEST_TTL_MS = 10_000
 CANCELLED_STREAM_MS = 60_000
 """How long `/stream` answers for a cancelled job; after that a 404 ends clients that do not know CANCELLED."""
 MAX_ERROR_CHARS = 2000
+MAX_DEPTH = 100
+"""Lists and objects within each other; what is nested deeper could be read here and fail elsewhere."""
 
 _WEEK_MS = 7 * 24 * 3600 * 1000
 _TIMEOUT = Range("executionTimeout", 5_000, _WEEK_MS)
@@ -111,9 +115,25 @@ def parse_json(body: bytes) -> Any:
         InvalidSpec: it is not that.
     """
     try:
-        return json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidSpec("the body must be valid JSON") from error
+    if not _is_shallow(value):
+        raise InvalidSpec(f"the body must not be nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _is_shallow(value: Any) -> bool:
+    """Walks level by level, without recursion."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list))
+        ]
+    return not level
 
 
 def _refuse_constant(text: str) -> float:
@@ -357,7 +377,8 @@ def error_answer(error: LikenessError, subject: str = "job") -> Answer:
         return Answer(429, {"error": "too many requests"}, {"Retry-After": "1"})
     if isinstance(error, InvalidSpec):
         return Answer(400, _invalid_body(error))
-    status = 503 if isinstance(error, DeadlineExceeded) else row_of(error).http_status
+    passing = isinstance(error, (Cancelled, Conflict, DeadlineExceeded))
+    status = 503 if passing else row_of(error).http_status
     text = "service unavailable" if status == 503 else str(error)
     return Answer(status, {"error": text})
 
