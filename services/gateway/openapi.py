@@ -63,18 +63,17 @@ def _endpoint_paths(endpoint: TrainingEndpoint, version: str) -> dict[str, Any]:
     hold = _query("wait", "Longest time to hold the request, 1000 to 300000 ms.", 5_000)
     ttl = _query("ttl", "Keep the result for this long only, at least 10000 ms.", None)
     queued = {"id": _JOB, "status": "IN_QUEUE"}
-    job, running = _completed(), _running(version)
+    job, running, cancelled = _completed(version), _running(version), _cancelled(version)
+    waited = job | {"id": f"sync-{_JOB}"}
     return {
         f"{root}/run": {"post": _submit(endpoint, "Submit a training", queued, [])},
-        f"{root}/runsync": {"post": _submit(endpoint, "Submit a training and wait for it", job, [wait])},
+        f"{root}/runsync": {"post": _submit(endpoint, "Submit a training and wait for it", waited, [wait])},
         f"{root}/status/{{id}}": _both("Read a job", running, [_ID, ttl], f"{version}_status"),
         f"{root}/status-sync/{{id}}": _both("Wait for a job", job, [_ID, wait], f"{version}_status_sync"),
         f"{root}/stream/{{id}}": _both(
             "Progress and pictures, each once", _STREAM, [_ID, hold], f"{version}_stream"
         ),
-        f"{root}/cancel/{{id}}": {
-            "post": _operation("Cancel a job", {**queued, "status": "CANCELLED"}, [_ID])
-        },
+        f"{root}/cancel/{{id}}": {"post": _operation("Cancel a job", cancelled, [_ID])},
         f"{root}/retry/{{id}}": {"post": _operation("Run a failed job again", queued, [_ID])},
         f"{root}/purge-queue": {
             "post": _operation("Cancel all queued jobs", {"removed": 3, "status": "completed"}, [])
@@ -96,35 +95,42 @@ def _query(name: str, meaning: str, default: int | None) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": meaning}
 
 
-def _completed() -> dict[str, Any]:
-    picture = {
-        "image": "https://likeness.example.org/files/TOKEN/0-0.png",
-        "seed": 11,
-        "prompt": "zkw dog on the moon",
-        "negative_prompt": None,
-        "guidance_scale": 7.5,
-        "inference_steps": 50,
-        "scheduler": "DDIM",
-    }
-    times = {"delayTime": 5210, "executionTime": 241377, "workerId": "trainer-7c9f4"}
-    return {"id": _JOB, "status": "COMPLETED"} | times | {"output": [picture]}
+def _body(version: str, status: str, execution_ms: int, **more: Any) -> dict[str, Any]:
+    """A status body, as :func:`services.gateway.dialects.runpod.envelope.status_body` makes it."""
+    times = {"delayTime": 5210, "executionTime": execution_ms, "workerId": "trainer-7c9f4"}
+    own = {"gpu": "24", "input": dream_booth_v1.EXAMPLE} if version == "v1" else {}
+    return {"id": _JOB, "status": status} | times | own | more
+
+
+def _completed(version: str) -> dict[str, Any]:
+    pictures = [
+        {
+            "image": f"https://likeness.example.org/files/TOKEN/0-{position}.png",
+            "seed": 11 + position,
+            "prompt": "zkw dog on the moon",
+            "negative_prompt": None,
+            "guidance_scale": 7.5,
+            "inference_steps": 50,
+            "scheduler": "DDIM",
+        }
+        for position in range(2)
+    ]
+    return _body(version, "COMPLETED", 241_377, output=pictures)
 
 
 def _running(version: str) -> dict[str, Any]:
-    body = {
-        "id": _JOB,
-        "status": "IN_PROGRESS",
-        "delayTime": 5210,
-        "executionTime": 93844,
-        "workerId": "trainer-7c9f4",
-    }
-    if version == "v2":
-        return body | {"output": {"progress": _PROGRESS}}
-    return body | {"gpu": "24", "input": dream_booth_v1.EXAMPLE, "progress": _PROGRESS}
+    progress = {"progress": _PROGRESS}
+    more = progress if version == "v1" else {"output": progress}
+    return _body(version, "IN_PROGRESS", 93_844, **more)
+
+
+def _cancelled(version: str) -> dict[str, Any]:
+    return _body(version, "CANCELLED", 15_820)
 
 
 def _operation(summary: str, example: Any, parameters: list[dict[str, Any]]) -> dict[str, Any]:
-    responses: dict[str, Any] = {"200": _response("what was asked for", None, example)}
+    schema = "#/components/schemas/Job" if "id" in example and "stream" not in example else None
+    responses: dict[str, Any] = {"200": _response("what was asked for", schema, example)}
     for code, (meaning, body) in _ERRORS.items():
         responses[code] = _response(meaning, "#/components/schemas/Error", body)
     return {"summary": summary, "parameters": parameters, "responses": responses}
@@ -204,4 +210,21 @@ def _schemas() -> dict[str, Any]:
             },
         },
         "Status": {"type": "string", "enum": _STATES},
+        "Job": {
+            "type": "object",
+            "required": ["id", "status"],
+            "properties": {
+                "id": {"type": "string"},
+                "status": {"$ref": "#/components/schemas/Status"},
+                "delayTime": {"type": "integer", "description": "Milliseconds spent waiting."},
+                "executionTime": {"type": "integer", "description": "Milliseconds of work."},
+                "workerId": {"type": "string"},
+                "gpu": {"type": "string", "description": "v1: memory of the device in GB."},
+                "input": {"type": "object", "description": "v1: what was sent."},
+                "progress": {"type": "object", "description": "v1: how far a running job is."},
+                "output": {"description": "Pictures of a finished job; v2: progress of a running one."},
+                "error": {"type": "string", "description": "Why there is no output."},
+                "retries": {"type": "integer"},
+            },
+        },
     }

@@ -3,6 +3,7 @@
 Order of the checks: key, endpoint, size, envelope, input, rate, queue.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -190,7 +191,8 @@ class RunpodApi:
             ttl_ms = wire.check_ttl(context.call.query.get("ttl"))
             job = await self._jobs.get(context.origin, context.job_id)
             if ttl_ms is not None and job.state in FINAL_STATES:
-                await self._jobs.shorten_retention(context.origin, context.job_id, ttl_ms)
+                with contextlib.suppress(WrongState):  # retried meanwhile: it has not ended any more
+                    await self._jobs.shorten_retention(context.origin, context.job_id, ttl_ms)
             return await self._shown(context, job)
 
     async def _status_sync(self, context: _Context) -> Answer:

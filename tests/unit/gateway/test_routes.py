@@ -265,6 +265,21 @@ async def test_a_ttl_below_ten_seconds_is_refused(world: World, ttl: str) -> Non
     assert (await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl={ttl}")).status_code == 400
 
 
+async def test_a_ttl_for_a_job_that_is_retried_meanwhile_changes_nothing(world: World) -> None:
+    job_id = await world.submit()
+    await world.fail(job_id)
+    read = world.jobs.get
+
+    async def read_then_retry(*args: Any) -> Any:
+        job = await read(*args)
+        await world.behind.move(job_id, life.retry)
+        return job
+
+    world.jobs.get = read_then_retry  # type: ignore[method-assign]
+    answer = await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl=10000")
+    assert (answer.status_code, answer.json()["status"]) == (200, "FAILED")
+
+
 async def test_a_ttl_lets_a_finished_job_go_sooner_and_never_later(world: World) -> None:
     job_id = await world.submit()
     assert (await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl=10000")).json()["status"] == "IN_QUEUE"
@@ -512,6 +527,25 @@ async def test_the_description_is_openapi_and_its_examples_are_accepted(world: W
     assert set(api["paths"]["/v2/dream-booth-v1/status/{id}"]) == {"get", "post"}
     body = api["paths"]["/v2/dream-booth-v1/run"]["post"]["requestBody"]["content"]["application/json"]
     assert (await world.call("POST", f"/v2/{EP}/run", json=body["example"])).status_code == 200
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+async def test_described_bodies_have_the_keys_of_real_ones(world: World, version: str) -> None:
+    api = (await world.call("GET", "/openapi.json", None)).json()
+    root = f"/{version}/{EP}"
+
+    def example(path: str, method: str) -> set[str]:
+        answer = api["paths"][root + path][method]["responses"]["200"]
+        return set(answer["content"]["application/json"]["example"])
+
+    running, cancelled, done = await world.submit(), await world.submit(), await world.submit()
+    await world.run_to_training(running)
+    await world.succeed(done)
+    gone = await world.call("POST", f"{root}/cancel/{cancelled}")
+    assert example("/status/{id}", "get") == set(await world.status(running, version))
+    assert example("/status-sync/{id}", "post") == set(await world.status(done, version))
+    assert example("/runsync", "post") == set(await world.status(done, version))
+    assert example("/cancel/{id}", "post") == set(gone.json())
 
 
 async def test_every_described_path_exists_with_its_methods(world: World) -> None:
