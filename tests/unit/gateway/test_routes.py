@@ -275,7 +275,7 @@ async def test_a_ttl_for_a_job_that_is_retried_meanwhile_changes_nothing(world: 
         await world.behind.move(job_id, life.retry)
         return job
 
-    world.jobs.get = read_then_retry  # type: ignore[method-assign]
+    world.jobs.get = read_then_retry  # type: ignore[method-assign, assignment]
     answer = await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl=10000")
     assert (answer.status_code, answer.json()["status"]) == (200, "FAILED")
 
