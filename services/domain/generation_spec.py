@@ -4,6 +4,9 @@ The seed is left alone: where it is unset, whoever admits the job draws one, sin
 What depends on the model (layers that `clip_skip` may skip, families of add-ons) is checked where the model is known.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from likeness.inference.v1 import generation_job_pb2 as pb
 
 from services.domain.errors import InvalidSpec, Violation
@@ -29,6 +32,26 @@ RANGES = (
 SIZES = (Range("width_px", 64, 2048, multiple=8), Range("height_px", 64, 2048, multiple=8))
 TEXTS = (("prompt", 4000), ("negative_prompt", 4000), ("passback", 1000))
 ENUMS = ("scheduler", "solver_algorithm", "safety_action", "image_format", "long_prompt_mode")
+UNOFFERED: tuple[tuple[str, Callable[[pb.GenerationSpec], Any]], ...] = (
+    ("init_image_key", lambda spec: spec.init_image_key),
+    ("mask_image_key", lambda spec: spec.mask_image_key),
+    ("loras", lambda spec: spec.loras),
+    ("embeddings", lambda spec: spec.embeddings),
+    ("vae", lambda spec: spec.vae),
+    ("self_attention_scale", lambda spec: spec.self_attention_scale > 0),
+    ("panorama", lambda spec: spec.panorama),
+    ("highres_fix", lambda spec: spec.highres_fix),
+    ("upscale_factor", lambda spec: spec.upscale_factor > 1),
+    ("token_merging_ratio", lambda spec: spec.token_merging_ratio > 0),
+    ("safety_action", lambda spec: spec.safety_action),
+    ("enhance_prompt", lambda spec: spec.enhance_prompt),
+    ("translate_prompt", lambda spec: spec.translate_prompt),
+    ("add_trigger_words", lambda spec: spec.add_trigger_words),
+    ("long_prompt_mode", lambda spec: spec.long_prompt_mode),
+    ("weighted_prompt", lambda spec: spec.weighted_prompt),
+    ("circular_padding", lambda spec: spec.circular_padding),
+)
+"""Wishes that the message can hold and no engine here fulfils: field, and whether a request has that wish."""
 
 
 def resolve_generation_spec(
@@ -87,6 +110,17 @@ def violations_of(spec: pb.GenerationSpec, path: str = "") -> list[Violation]:
     for field in ENUMS:
         faults += check_enum(spec, field, path)
     return faults + _check_pictures(spec, path) + _check_add_ons(spec, path)
+
+
+def check_offered(spec: pb.GenerationSpec, path: str = "") -> list[Violation]:
+    """Every wish that no engine here fulfils, so that it is refused instead of ignored.
+
+    Args:
+        spec: what was asked for.
+        path: what names the spec in violations, for instance ``samples[0].``.
+    """
+    wishes = [name for name, is_set in UNOFFERED if is_set(spec)]
+    return [Violation(path + name, "is not offered by this installation") for name in wishes]
 
 
 def _check_pictures(spec: pb.GenerationSpec, path: str) -> list[Violation]:

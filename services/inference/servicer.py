@@ -11,8 +11,8 @@ from likeness.inference.v1.inference_service_pb2_grpc import InferenceServiceSer
 from likeness.job.v1.job_pb2 import JobState as WireState
 from likeness.storage.v1.model_pb2 import Model
 
-from services.domain.errors import NotFound
-from services.domain.generation_spec import RANDOM_SEED_LIMIT, resolve_generation_spec
+from services.domain.errors import InvalidSpec, NotFound
+from services.domain.generation_spec import RANDOM_SEED_LIMIT, check_offered, resolve_generation_spec
 from services.domain.job import JobKind, JobRef
 from services.domain.ports import Revision
 from services.jobs.admission import Application
@@ -50,6 +50,9 @@ class InferenceServicer(InferenceServiceServicer):
     ) -> pb.CreateGenerationJobResponse:
         """Stores a drawing and answers at once; the model's weights and the seed are settled here."""
         spec = resolve_generation_spec(request.spec)
+        faults = check_offered(spec)
+        if faults:
+            raise InvalidSpec(faults)
         known = await self._core.admission.known(_application(request, spec))
         revision = known or await self._admitted(request, spec)
         return pb.CreateGenerationJobResponse(job=await self._shown(revision))

@@ -4,9 +4,8 @@ A request for several pictures becomes several slots, since pictures of one requ
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from likeness.inference.v1 import generation_job_pb2 as pb
@@ -16,27 +15,8 @@ from services.diffusion.drawing import Drawing, Row, encode_context, initial_noi
 from services.diffusion.loading import Components
 from services.diffusion.prompts import tokenize
 from services.diffusion.samplers import Sampler
-from services.domain.errors import InvalidSpec, Violation
-
-_UNAVAILABLE: tuple[tuple[str, Callable[[pb.GenerationSpec], Any]], ...] = (
-    ("init_image_key", lambda spec: spec.init_image_key),
-    ("mask_image_key", lambda spec: spec.mask_image_key),
-    ("loras", lambda spec: spec.loras),
-    ("embeddings", lambda spec: spec.embeddings),
-    ("vae", lambda spec: spec.vae),
-    ("self_attention_scale", lambda spec: spec.self_attention_scale > 0),
-    ("panorama", lambda spec: spec.panorama),
-    ("highres_fix", lambda spec: spec.highres_fix),
-    ("upscale_factor", lambda spec: spec.upscale_factor > 1),
-    ("token_merging_ratio", lambda spec: spec.token_merging_ratio > 0),
-    ("safety_action", lambda spec: spec.safety_action),
-    ("enhance_prompt", lambda spec: spec.enhance_prompt),
-    ("translate_prompt", lambda spec: spec.translate_prompt),
-    ("add_trigger_words", lambda spec: spec.add_trigger_words),
-    ("long_prompt_mode", lambda spec: spec.long_prompt_mode),
-    ("weighted_prompt", lambda spec: spec.weighted_prompt),
-    ("circular_padding", lambda spec: spec.circular_padding),
-)
+from services.domain.errors import InvalidSpec
+from services.domain.generation_spec import check_offered
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +81,9 @@ def drawings_of(spec: pb.GenerationSpec) -> list[Drawing]:
     Raises:
         InvalidSpec: naming each wish that this engine does not fulfil.
     """
-    wishes = [name for name, is_set in _UNAVAILABLE if is_set(spec)]
-    if wishes:
-        raise InvalidSpec([Violation(name, "is not offered by this installation") for name in wishes])
+    faults = check_offered(spec)
+    if faults:
+        raise InvalidSpec(faults)
     first = Drawing(
         prompt=spec.prompt,
         negative_prompt=spec.negative_prompt,

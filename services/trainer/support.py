@@ -9,6 +9,7 @@ from typing import Any
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.domain.errors import InvalidSpec, Violation
+from services.domain.generation_spec import check_offered
 
 HONOURED = frozenset(
     {
@@ -67,7 +68,7 @@ _AT_LEAST_ONE = ("resolution", "train_batch_size", "gradient_accumulation_steps"
 
 
 def check_supported(spec: pb.TrainingSpec) -> None:
-    """Refuses what the DreamBooth recipe cannot do, and a specification whose defaults are not resolved.
+    """Refuses what recipe and samples cannot be, and a specification whose defaults are not resolved.
 
     Raises:
         InvalidSpec: with every fault.
@@ -85,6 +86,8 @@ def check_supported(spec: pb.TrainingSpec) -> None:
         faults.append(Violation("train_unet", "must be set unless the text encoder is trained"))
     faults += [Violation(name, "must be at least 1") for name in _AT_LEAST_ONE if getattr(spec, name) < 1]
     faults += [Violation(name, "must be resolved") for name in _unresolved(spec)]
+    for index, sample in enumerate(spec.samples):
+        faults += check_offered(sample, f"samples[{index}].")
     if faults:
         raise InvalidSpec(faults)
 

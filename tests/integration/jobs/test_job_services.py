@@ -90,6 +90,13 @@ async def test_all_faults_of_a_drawing_come_at_once(drawing: Any) -> None:
     assert {violation.field for violation in refusal.value.violations} == {"num_images", "guidance_scale"}
 
 
+async def test_a_drawing_that_no_engine_fulfils_is_refused_before_it_is_a_job(drawing: Any) -> None:
+    with pytest.raises(InvalidSpec, match="panorama: is not offered by this installation"):
+        await drawing.CreateGenerationJob(draw("a", panorama=True))
+    with pytest.raises(NotFound):
+        await drawing.GetGenerationJob(drawings.GetGenerationJobRequest(project_id="p", job_id="a"))
+
+
 async def test_another_projects_drawing_is_not_found(drawing: Any) -> None:
     await drawing.CreateGenerationJob(draw("a"))
     for method, request in (
@@ -176,10 +183,11 @@ async def test_a_training_without_data_is_refused_with_its_faults(training: Any)
 
 
 async def test_a_training_that_no_recipe_can_do_is_refused_before_it_is_a_job(training: Any) -> None:
-    asked = train("a", resume_checkpoint_url="https://example.com/a.safetensors", flip_probability=0.5)
+    wishes = {"resume_checkpoint_url": "https://example.com/a.safetensors", "flip_probability": 0.5}
+    asked = train("a", samples=[GenerationSpec(prompt="a robot", panorama=True)], **wishes)
     with pytest.raises(InvalidSpec) as refusal:
         await training.CreateTrainingJob(asked)
     fields = {violation.field for violation in refusal.value.violations}
-    assert fields == {"resume_checkpoint_url", "flip_probability"}
+    assert fields == {"resume_checkpoint_url", "flip_probability", "samples[0].panorama"}
     with pytest.raises(NotFound):
         await training.GetTrainingJob(trainings.GetTrainingJobRequest(project_id="p", job_id="a"))

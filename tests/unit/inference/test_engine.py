@@ -9,6 +9,7 @@ from likeness.inference.v1 import generation_job_pb2 as pb
 from services.diffusion.drawing import Drawing, draw_latents, predict
 from services.diffusion.loading import Components
 from services.domain.errors import InvalidSpec, OutOfDeviceMemory
+from services.domain.generation_spec import UNOFFERED
 from services.inference import engine as engine_module
 from services.inference.engine import Engine
 from services.inference.slot import Slot, drawings_of, open_slots, truncation_warnings
@@ -185,10 +186,8 @@ def test_wishes_that_are_not_fulfilled_are_refused_together() -> None:
 
 
 def test_every_field_of_a_request_is_drawn_by_or_refused_or_not_the_engines_business() -> None:
-    from services.inference.slot import _UNAVAILABLE
-
     fields = set(pb.GenerationSpec.DESCRIPTOR.fields_by_name)
-    refused = {name for name, _ in _UNAVAILABLE}
+    refused = {name for name, _ in UNOFFERED}
     drawn_by = {
         "prompt",
         "negative_prompt",
