@@ -55,7 +55,7 @@ EMBEDDED_NOTE: Final = "random weights: pictures are noise"
 
 
 class EntryDefaults(BaseModel):
-    """Defaults of trainings that start from a model; 0: the recipe's own."""
+    """What suits trainings that start from a model, for clients to propose; 0: no opinion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

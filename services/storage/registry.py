@@ -173,7 +173,7 @@ class ModelRegistry:
         return models, _token(page[-1]) if len(rest) > len(page) else ""
 
     async def delete(self, project: str, model: str) -> None:
-        """Removes a model from the registry; its files stay until nothing names them.
+        """Removes a model from the registry; its files stay, since others may share them.
 
         Raises:
             InvalidSpec: the catalogue is not the callers' to change.

@@ -1,8 +1,8 @@
 """What expires in storage, and when.
 
-Only what is provably nobody's is removed here: files on their way in whose writer is gone. A blob that no reference
-names may still be named by a job's record, which storage cannot see; blobs go when their owner deletes them by key.
-Links need no sweeping, since a token carries its own expiry.
+Only what is provably nobody's is removed here: files on their way in whose writer is gone. Stored blobs stay: one that
+no reference names may still be named by a job's record, which storage cannot see. Links need no sweeping, since a
+token carries its own expiry.
 """
 
 import asyncio
