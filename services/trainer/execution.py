@@ -21,6 +21,11 @@ class Execution:
     fused_attention: bool
 
     @property
+    def vae_dtype(self) -> torch.dtype:
+        """Precision in which pictures are encoded: never float16, which the encoder's activations can exceed."""
+        return torch.float32 if self.compute_dtype is torch.float16 else self.compute_dtype
+
+    @property
     def summary(self) -> str:
         """One line for people."""
         precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.compute_dtype]

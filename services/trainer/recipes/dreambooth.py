@@ -33,6 +33,7 @@ from services.diffusion.loading import load_components, open_model
 from services.trainer import checkpoint as checkpoints
 from services.trainer.conditioning import TextConditioner, posterior_encoder
 from services.trainer.data import Concept, EpochPlan, LatentSource, Pair, PictureReader, Use, fingerprint
+from services.trainer.drawings import has_prior
 from services.trainer.execution import Execution, resolve_execution, schedule_name
 from services.trainer.losses import NoiseSchedule, add_noise, micro_step_loss, per_sample_mse, training_target
 from services.trainer.optim import (
@@ -70,14 +71,10 @@ def train(run: Run, observer: Observer) -> Outcome:
     spec, device = run.spec, run.device
     check_supported(spec)
     execution = resolve_execution(spec, device)
-    # A weight of zero means no class term at all: bit for bit the run without prior preservation.
-    prior_loss_weight = spec.prior_loss_weight if spec.with_prior_preservation else 0.0
-    concepts = (
-        run.concepts if prior_loss_weight > 0 else tuple(Concept(c.instance_pictures) for c in run.concepts)
-    )
+    concepts = _concepts_in_use(run)
     observer.stage(Stage.LOADING)
 
-    # --- the model: float32 master weights for what trains, frozen parts as small as the precision allows ---
+    # --- the model: float32 weights; what is computed in less is cast as it is used -------------------------
     parts = load_components(run.model_folder, torch.float32, device)
     unet, text_encoder = parts.unet, parts.text_encoder
     _prepare_module(unet, trains=spec.train_unet)
@@ -101,7 +98,7 @@ def train(run: Run, observer: Observer) -> Outcome:
     )
     total = spec.max_train_steps or spec.num_train_epochs * plan.updates_per_epoch
     reader = PictureReader(resolution=spec.resolution, center_crop=spec.center_crop)
-    encode_picture = posterior_encoder(parts.vae, device, execution.compute_dtype)
+    encode_picture = posterior_encoder(parts.vae, device, execution.vae_dtype)
     latents = LatentSource(reader, encode_picture, scaling_factor=parts.scaling_factor, seed=spec.seed)
     conditioner = TextConditioner(
         parts.tokenizer,
@@ -204,7 +201,7 @@ def train(run: Run, observer: Observer) -> Outcome:
                         num_instance=batch.num_instance,
                         instance_total=instance_total,
                         class_total=class_total,
-                        prior_loss_weight=prior_loss_weight,
+                        prior_loss_weight=spec.prior_loss_weight,
                     )
                     scaler.scale(part).backward()  # type: ignore[no-untyped-call]
                     loss += part.detach()
@@ -244,14 +241,14 @@ def train(run: Run, observer: Observer) -> Outcome:
         # --- what is left of it -----------------------------------------------------------------------------
         if (folder := writer.wait()) is not None:
             observer.checkpoint_saved(folder, checkpoints.step_of(folder))
+        if not _all_finite(parameters.values()):
+            ending = Ending.DIVERGED
         if ending is Ending.YIELDED:
             folder = checkpoints.write(run.checkpoint_folder, capture())
             observer.checkpoint_saved(folder, counters.update)
             return Outcome(ending, counters.update, counters.final_loss, checkpoint=folder)
     finally:
         writer.close()
-    if ending is Ending.TRAINED and not _all_finite(parameters.values()):
-        ending = Ending.DIVERGED
     step = counters.update
     if ending is Ending.DIVERGED:
         warnings.append("training diverged: these are the last good weights")
@@ -352,8 +349,8 @@ class _Counters:
 
     @property
     def diverged(self) -> bool:
-        """Whether too many updates were not finite: three in a row, or more than 1 % of the last 200."""
-        crowded = len(self.recent_skips) == WINDOW and sum(self.recent_skips) > WINDOW_LIMIT
+        """Whether too many updates were not finite: three in a row, or 1 % of the last 200."""
+        crowded = len(self.recent_skips) == WINDOW and sum(self.recent_skips) >= WINDOW_LIMIT
         return self.consecutive_skipped >= CONSECUTIVE_LIMIT or crowded
 
     @property
@@ -408,6 +405,19 @@ class _Pace:
         began = time.monotonic()
         yield
         self._recent_s.append(time.monotonic() - began)
+
+
+def _concepts_in_use(run: Run) -> tuple[Concept, ...]:
+    """Returns the concepts; those that train without prior preservation lose their class pictures.
+
+    A weight of zero means no class term at all: bit for bit the run without prior preservation.
+    """
+    weighted = run.spec.prior_loss_weight > 0
+    asked = [*run.spec.concepts, *[pb.Concept()] * (len(run.concepts) - len(run.spec.concepts))]
+    return tuple(
+        concept if weighted and has_prior(run.spec, wish) else Concept(concept.instance_pictures)
+        for concept, wish in zip(run.concepts, asked, strict=True)
+    )
 
 
 def _prepare_module(module: UNet2DConditionModel | CLIPTextModel, *, trains: bool) -> None:

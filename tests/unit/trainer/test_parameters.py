@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from likeness.training.v1 import training_job_pb2 as pb
@@ -255,6 +255,20 @@ def test_mixed_precision_sets_the_type_of_activations(bench: Bench) -> None:
     assert losses[pb.MIXED_PRECISION_BF16] != losses[pb.MIXED_PRECISION_NO]
 
 
+def test_pictures_are_encoded_in_float32_beside_a_float16_network(bench: Bench) -> None:
+    types: list[torch.dtype] = []
+
+    def note(vae: AutoencoderKL, values: torch.Tensor) -> None:
+        types.append(vae.encoder.conv_in(values).dtype)
+
+    with spying(AutoencoderKL, "encode", note):
+        for name in ("FP16", "BF16"):
+            precision = pb.MixedPrecision.Value(f"MIXED_PRECISION_{name}")
+            spec = complete_spec(mixed_precision=precision, max_train_steps=1, with_prior_preservation=False)
+            bench.train(spec, name=name)
+    assert types == [torch.float32, torch.bfloat16]
+
+
 def test_disable_fused_attention_swaps_the_kernels(bench: Bench) -> None:
     called: list[str] = []
     runs = {}
@@ -431,6 +445,16 @@ def test_with_prior_preservation_reads_class_pictures(bench: Bench) -> None:
     assert without.outcome.step == 3
     with pytest.raises(FileNotFoundError):
         bench.train(complete_spec(), (concept,), "with")
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_a_concepts_own_switch_decides_whether_it_trains_with_prior_preservation(
+    switch: bool, bench: Bench
+) -> None:
+    spec = complete_spec(with_prior_preservation=not switch, max_train_steps=1)
+    spec.concepts.add(with_prior_preservation=switch)
+    _, spy = watched(bench, spec)
+    assert spy.samples[0][0] == (2 if switch else 1)
 
 
 def test_prior_loss_weight_scales_the_class_term(bench: Bench) -> None:
