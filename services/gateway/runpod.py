@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from likeness.job.v1 import job_pb2
 from likeness.training.v1 import training_job_pb2
@@ -203,8 +204,8 @@ class RunpodApi:
     async def _stream(self, context: _Context) -> Answer:
         hold_s = _wait_s(context.call, self._stream_hold_ms)
         with self._limiter.admitted(context.caller, context.endpoint.ENDPOINT, "status"):
-            batch = await self._streams.read(context.origin, context.job_id, hold_s)
-            return Answer(200, await self._stream_body(context, batch))
+            render = partial(self._stream_body, context)
+            return Answer(200, await self._streams.read(context.origin, context.job_id, hold_s, render))
 
     async def _stream_body(self, context: _Context, batch: Batch) -> dict[str, object]:
         """More to come beyond this answer means IN_PROGRESS: clients stop at the first final status."""

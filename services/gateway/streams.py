@@ -2,18 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from google.protobuf.json_format import ParseDict, ParseError
 from likeness.job.v1 import job_pb2
 from likeness.training.v1 import training_job_pb2
 
 from services.domain.errors import Conflict, NotFound
-from services.domain.ports import ProgressLog
+from services.domain.ports import ProgressEntry, ProgressLog
 from services.gateway.dialects.base import FINAL_STATES
 from services.gateway.jobs import Jobs, Origin
+
+T = TypeVar("T")
 
 MAX_CHUNKS = 100
 """Chunks of one answer."""
@@ -51,8 +54,12 @@ class Streams:
         self._progress = progress
         self._cancelled_stream_ms = cancelled_stream_ms
 
-    async def read(self, origin: Origin, job_id: str, hold_s: float) -> Batch:
-        """The next chunks; waits for them up to `hold_s` seconds.
+    async def read(
+        self, origin: Origin, job_id: str, hold_s: float, render: Callable[[Batch], Awaitable[T]]
+    ) -> T:
+        """The next chunks as `render` shows them; waits for some up to `hold_s` seconds.
+
+        They count as handed out once they are rendered: a fault before that loses none.
 
         Raises:
             NotFound: no such job, or its stream is over.
@@ -61,14 +68,14 @@ class Streams:
         while True:
             job = await self._jobs.get(origin, job_id)
             self._check_open(job)
-            try:
-                batch = await self._take(origin.project, job)
-            except Conflict:
-                continue  # another reader took these; look for later ones
+            batch, move = await self._look(origin.project, job)
             left_s = end - time.monotonic()
             if batch.is_worth_sending or left_s <= 0 or self._jobs.stopping.is_set():
-                return batch
-            await asyncio.sleep(min(POLL_S, left_s))
+                shown = await render(batch)
+                if await move():
+                    return shown
+            elif await move():
+                await asyncio.sleep(min(POLL_S, left_s))
 
     def _check_open(self, job: training_job_pb2.TrainingJob) -> None:
         if job.state != job_pb2.JOB_STATE_CANCELLED:
@@ -76,25 +83,46 @@ class Streams:
         if time.time() * 1000 - job.times.end_time.ToMilliseconds() > self._cancelled_stream_ms:
             raise NotFound("the stream of a cancelled job is over")
 
-    async def _take(self, project: str, job: training_job_pb2.TrainingJob) -> Batch:
+    async def _look(
+        self, project: str, job: training_job_pb2.TrainingJob
+    ) -> tuple[Batch, Callable[[], Awaitable[bool]]]:
+        """What nobody has got yet, and how to take it: false when another reader was faster."""
         if job.state == job_pb2.JOB_STATE_CANCELLED:
-            return Batch(job)
+            return Batch(job), _taken
         cursor, expected = await self._progress.read_cursor(project, job.job_id)
         after = int(cursor.get("sequence", 0))
         entries = await self._progress.progress_after(project, job.job_id, after, MAX_CHUNKS + 1)
-        reports = [_report(entry.body) for entry in entries[:MAX_CHUNKS]]
-        progress = tuple(report for report in reports if report is not None)
-        shown = int(cursor.get("pictures", 0)) if cursor.get("run", 0) == job.run else 0
-        finished = len(job.result.samples) if job.state == job_pb2.JOB_STATE_SUCCEEDED else 0
-        last = min(finished, shown + MAX_CHUNKS - len(reports))
-        if entries or last > shown:
-            position = {
-                "sequence": entries[len(reports) - 1].sequence if entries else after,
-                "pictures": last,
-                "run": job.run,
-            }
-            await self._progress.write_cursor(project, job.job_id, position, expected)
-        return Batch(job, progress, range(shown, last), len(entries) > MAX_CHUNKS or last < finished)
+        batch = _batch(job, cursor, entries)
+        sent = entries[:MAX_CHUNKS]
+        if not sent and not batch.pictures:
+            return batch, _taken
+        position = {"sequence": sent[-1].sequence if sent else after, "run": job.run}
+        return batch, partial(
+            self._take, project, job.job_id, position | {"pictures": batch.pictures.stop}, expected
+        )
+
+    async def _take(self, project: str, job_id: str, position: Mapping[str, Any], expected: int) -> bool:
+        try:
+            await self._progress.write_cursor(project, job_id, position, expected)
+        except Conflict:
+            return False
+        return True
+
+
+def _batch(
+    job: training_job_pb2.TrainingJob, cursor: Mapping[str, Any], entries: Sequence[ProgressEntry]
+) -> Batch:
+    sent = entries[:MAX_CHUNKS]
+    reports = [report for report in (_report(entry.body) for entry in sent) if report is not None]
+    shown = int(cursor.get("pictures", 0)) if cursor.get("run", 0) == job.run else 0
+    finished = len(job.result.samples) if job.state == job_pb2.JOB_STATE_SUCCEEDED else 0
+    last = min(finished, shown + MAX_CHUNKS - len(sent))
+    return Batch(job, tuple(reports), range(shown, last), len(entries) > MAX_CHUNKS or last < finished)
+
+
+async def _taken() -> bool:
+    """There was nothing to take."""
+    return True
 
 
 def _report(body: Mapping[str, Any]) -> job_pb2.Progress | None:

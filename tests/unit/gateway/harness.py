@@ -87,8 +87,11 @@ class FakeStorage(StorageServiceServicer):
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
         self.links: dict[tuple[str, str], str] = {}
+        self.down = False
 
     async def CreateFileLink(self, request: Any, context: Any) -> storage_pb.CreateFileLinkResponse:
+        if self.down:
+            raise Unavailable("storage is away")
         if request.key not in self.blobs:
             raise NotFound("no such artifact")
         token = f"token{len(self.links)}"

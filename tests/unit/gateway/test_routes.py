@@ -454,6 +454,17 @@ async def test_stream_ends_with_the_pictures_and_then_with_an_empty_list(world: 
     assert last == {"id": job_id, "status": "COMPLETED", "stream": []}
 
 
+async def test_pictures_that_could_not_be_linked_are_handed_out_later(world: World) -> None:
+    job_id = await world.submit()
+    await world.succeed(job_id)
+    world.storage.down = True
+    answer = await world.call("GET", f"/v2/{EP}/stream/{job_id}")
+    assert answer.status_code == 503
+    world.storage.down = False
+    answer = await world.call("GET", f"/v2/{EP}/stream/{job_id}")
+    assert [chunk["output"]["seed"] for chunk in answer.json()["stream"]] == [11, 12]
+
+
 async def test_stream_says_in_progress_while_more_remains_than_it_carries(world: World) -> None:
     job_id = await world.submit()
     for step in range(150):
