@@ -25,10 +25,10 @@ from services.adapters.child_process import ChildDied
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import bound, continued_trace
 from services.domain.artifacts import digest_of_key
-from services.domain.errors import BadInput, Internal, InvalidSpec, StaleEpoch, row_of
+from services.domain.errors import OUTAGES, BadInput, Internal, InvalidSpec, StaleEpoch, row_of
 from services.domain.job import JobFailure, Stage
 from services.inference.device_process import DeviceProcess, Event
-from services.jobs.worker_client import JobHandle, WorkerClient
+from services.jobs.worker_client import JobHandle, WorkerClient, last_word
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ LEAVING: Final = "the worker leaves"
 DRAWABLE: Final = (ModelFormat.MODEL_FORMAT_DIFFUSERS, ModelFormat.MODEL_FORMAT_SINGLE_FILE)
 MIN_JOBS: Final = 2
 """One is drawn while the other is fetched or stored."""
+OUTAGE_PAUSE_S: Final = 5.0
+"""Seconds that a job's place stays empty after it had to be given back because storage was away."""
 
 
 class DrawingFailed(Exception):
@@ -91,11 +93,10 @@ class ModelShelf:
 
     async def _tidy(self) -> None:
         """Gives up the files of models that neither a job nor the child uses any more."""
-        idle = [
-            digest for digest in self._models if self._users[digest] <= 0 and digest not in self._device.held
-        ]
-        for digest in idle:
-            await self._cache.release(self._models.pop(digest).folder)
+        for digest in list(self._models):
+            # Asked anew for each: while one is given up, others may come into use.
+            if digest in self._models and self._users[digest] <= 0 and digest not in self._device.held:
+                await self._cache.release(self._models.pop(digest).folder)
 
 
 class InferenceWorker:
@@ -108,6 +109,7 @@ class InferenceWorker:
         device: the child; entered by the caller.
         max_jobs: jobs in hand at a time.
         grace_s: seconds that jobs in hand get to end when the worker leaves, before they are given back.
+        outage_pause_s: seconds that a job's place stays empty after storage was away.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class InferenceWorker:
         *,
         max_jobs: int = MIN_JOBS,
         grace_s: float = 10.0,
+        outage_pause_s: float = OUTAGE_PAUSE_S,
     ) -> None:
         self._client = client
         self._storage = storage
@@ -126,6 +129,7 @@ class InferenceWorker:
         self._shelf = ModelShelf(storage, cache, device)
         self._max_jobs = max_jobs
         self._grace_s = grace_s
+        self._outage_pause_s = outage_pause_s
         self._jobs: set[asyncio.Task[None]] = set()
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -133,6 +137,7 @@ class InferenceWorker:
 
         Raises:
             ChildDied: the drawing process cannot be kept running.
+            LikenessError: the api refuses to give work to this worker.
         """
         leaving = asyncio.create_task(self._leave_when(stopping))
         taking = asyncio.create_task(self._take_jobs())
@@ -141,8 +146,9 @@ class InferenceWorker:
             await asyncio.wait({taking, failing}, return_when=asyncio.FIRST_COMPLETED)
             self._client.leave()
             await self._let_go()
-            if failing.done():
-                await failing
+            for task in (failing, taking):
+                if task.done():
+                    await task
         finally:
             for task in (leaving, taking, failing):
                 task.cancel()
@@ -179,13 +185,15 @@ class InferenceWorker:
                 await handle.finished(result)
                 logger.info("drawing done", extra={"device_s": round(result.device_seconds, 3)})
             except asyncio.CancelledError:
-                with contextlib.suppress(StaleEpoch):
-                    await handle.yielded(LEAVING)
+                await last_word(handle.yielded(LEAVING))
             except StaleEpoch as error:
                 logger.info("drawing dropped", extra={"detail": str(error)})
+            except OUTAGES as error:
+                logger.warning("drawing given back", extra={"detail": str(error)})
+                await last_word(handle.yielded(str(error)))
+                await asyncio.sleep(self._outage_pause_s)
             except Exception as error:
-                with contextlib.suppress(StaleEpoch):
-                    await self._report_failure(handle, error)
+                await last_word(self._report_failure(handle, error))
 
     async def _report_failure(self, handle: JobHandle, error: Exception) -> None:
         if isinstance(error, DrawingFailed):

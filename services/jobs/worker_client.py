@@ -13,7 +13,7 @@ progress, belong to the worker. A job is named in every beat from its taking unt
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -470,6 +470,16 @@ class WorkerClient:
                 handle.drop("the api says so")
             else:
                 handle.confirm(sent_at)
+
+
+async def last_word(report: Awaitable[None]) -> None:
+    """Gives a job's last report; a job whose report is not taken is left to its lease."""
+    try:
+        await report
+    except StaleEpoch as error:
+        logger.debug("nobody waits for the report: %s", error)
+    except LikenessError as error:
+        logger.error("the report was not taken", extra={"detail": str(error)})
 
 
 def _key(message: pb.Assignment | pb.JobReference) -> tuple[str, str, int]:

@@ -61,8 +61,11 @@ class CheckpointUploads:
                     await self._store(held, step)
                 except StaleEpoch:
                     logger.info("checkpoint not wanted any more", extra={"step": step})
-                except (LikenessError, OSError) as error:
-                    logger.warning("checkpoint not stored", extra={"step": step, "detail": str(error)})
+                except (
+                    Exception
+                ) as error:  # whatever it is, training goes on, and ends without waiting for it
+                    level = logging.WARNING if isinstance(error, (LikenessError, OSError)) else logging.ERROR
+                    logger.log(level, "checkpoint not stored", extra={"step": step}, exc_info=error)
                 await asyncio.to_thread(shutil.rmtree, held, ignore_errors=True)
             self._idle.set()
 

@@ -23,9 +23,17 @@ from services.adapters.child_process import ChildDied
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import bound, continued_trace
 from services.domain.artifacts import digest_of_key, media_type_of
-from services.domain.errors import AlreadyExists, Diverged, Internal, NotFound, StaleEpoch, row_of
+from services.domain.errors import (
+    OUTAGES,
+    AlreadyExists,
+    Diverged,
+    Internal,
+    NotFound,
+    StaleEpoch,
+    row_of,
+)
 from services.domain.job import JobFailure, Stage
-from services.jobs.worker_client import JobHandle, WorkerClient
+from services.jobs.worker_client import JobHandle, WorkerClient, last_word
 from services.trainer.checkpoint_uploads import CheckpointUploads
 from services.trainer.delivery import concept_entries, lineage_of, model_manifest, training_result
 from services.trainer.device_process import Event, TrainingProcess
@@ -35,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 LEAVING: Final = "the worker leaves"
 FETCHES_AT_ONCE: Final = 8
+OUTAGE_PAUSE_S: Final = 5.0
+"""Seconds without a new job after one had to be given back because storage was away."""
 
 
 class TrainingFailed(Exception):
@@ -66,6 +76,7 @@ class TrainingWorker:
         work_root: folder for the files of the job in hand.
         checkpoint_interval_s: seconds between two recovery checkpoints.
         grace_s: seconds that the job in hand gets to reach a checkpoint when the worker leaves.
+        outage_pause_s: seconds without a new job after one was given back because storage was away.
     """
 
     def __init__(
@@ -78,6 +89,7 @@ class TrainingWorker:
         work_root: Path,
         checkpoint_interval_s: float = 60.0,
         grace_s: float = 15.0,
+        outage_pause_s: float = OUTAGE_PAUSE_S,
     ) -> None:
         self._client = client
         self._storage = storage
@@ -86,6 +98,7 @@ class TrainingWorker:
         self._work_root = work_root
         self._checkpoint_interval_s = checkpoint_interval_s
         self._grace_s = grace_s
+        self._outage_pause_s = outage_pause_s
         self._leaving = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -117,17 +130,26 @@ class TrainingWorker:
                 await handle.trained(await self._within_limits(handle))
                 logger.info("training done")
             except (asyncio.CancelledError, TrainingYielded, TimeoutError) as reason:
-                with contextlib.suppress(StaleEpoch):
-                    await handle.yielded(LEAVING)
+                await last_word(handle.yielded(LEAVING))
                 if isinstance(reason, asyncio.CancelledError):
                     raise
             except StaleEpoch as error:
                 logger.info("training dropped", extra={"detail": str(error)})
+            except OUTAGES as error:
+                logger.warning("training given back", extra={"detail": str(error)})
+                await self._process.end()
+                await last_word(handle.yielded(str(error)))
+                await self._pause()
             except Exception as error:
-                with contextlib.suppress(StaleEpoch):
-                    await self._report_failure(handle, error)
+                await last_word(self._report_failure(handle, error))
             finally:
                 await self._process.end()
+
+    async def _pause(self) -> None:
+        """Waits for better times, but not beyond the moment at which the worker leaves."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._outage_pause_s):
+                await self._leaving.wait()
 
     async def _report_failure(self, handle: JobHandle, error: Exception) -> None:
         if isinstance(error, TrainingFailed):
@@ -304,11 +326,17 @@ class TrainingWorker:
         )
 
     async def _register(self, handle: JobHandle, manifest: Any, name: str) -> str:
-        """Registers the model under the job's id; what an earlier attempt left under it gives way."""
+        """Registers the model under the job's id; what an earlier attempt or run left under it gives way.
+
+        Raises:
+            StaleEpoch: what is there may be a successor's: this worker was paused and lost the job meanwhile.
+        """
         try:
             model = await self._storage.register_model(handle.project_id, handle.job_id, manifest, name)
         except AlreadyExists:
-            await self._storage.delete_model(handle.project_id, handle.job_id)
+            await handle.stage(Stage.UPLOADING, "replacing the model of an earlier attempt")
+            with contextlib.suppress(NotFound):  # the answer to a deletion was lost
+                await self._storage.delete_model(handle.project_id, handle.job_id)
             model = await self._storage.register_model(handle.project_id, handle.job_id, manifest, name)
         return str(model.manifest_key)
 

@@ -51,6 +51,8 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
     link.emit({"event": "stage", "stage": "training"})
     if scenario == "hangs":
         time.sleep(600)
+    if scenario == "saves and ends":
+        link.emit(save_checkpoint(folder, 3))
     if scenario == "dies":
         link.emit(save_checkpoint(folder, 3))
         time.sleep(0.5)

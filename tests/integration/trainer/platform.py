@@ -37,6 +37,7 @@ class ScriptedApi(worker_service_pb2_grpc.WorkerServiceServicer):
         self.reports: list[pb.ReportRequest] = []
         self.progress: list[Progress] = []
         self.to_stop: set[str] = set()
+        self.refusal: Callable[[pb.ReportRequest], Exception | None] = lambda report: None
         self.changed = asyncio.Condition()
 
     async def Take(self, request: pb.TakeRequest, context: Any) -> pb.TakeResponse:
@@ -56,6 +57,9 @@ class ScriptedApi(worker_service_pb2_grpc.WorkerServiceServicer):
         return pb.BeatResponse(stop=stop)
 
     async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
+        refusal = self.refusal(request)
+        if refusal is not None:
+            raise refusal
         async with self.changed:
             self.reports.append(request)
             self.changed.notify_all()
@@ -172,6 +176,7 @@ class Platform:
                 work_root=self.folder / "work",
                 checkpoint_interval_s=checkpoint_interval_s,
                 grace_s=grace_s,
+                outage_pause_s=0.1,
             )
             stopping = asyncio.Event()
             running_worker = RunningWorker(process, stopping, asyncio.create_task(worker.run(stopping)))

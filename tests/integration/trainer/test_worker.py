@@ -5,15 +5,19 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from likeness.job.v1.job_pb2 import JobStage
 from likeness.training.v1 import training_job_pb2 as training
+from likeness.worker.v1 import worker_service_pb2 as pb
 from PIL import Image
 from safetensors.numpy import load_file
 
-from services.domain.errors import NotFound
+from services.adapters.storage_client import StorageClient
+from services.domain.errors import DeadlineExceeded, InvalidSpec, NotFound, StaleEpoch, Unavailable
 from services.domain.training_spec import resolve_training_spec
+from services.trainer.checkpoint_uploads import CheckpointUploads
 from tests.integration.trainer.platform import PROJECT, WEIGHTS, Platform, open_platform
 
 FAKE = "tests.integration.trainer.fake_child"
@@ -280,6 +284,110 @@ async def test_what_an_earlier_attempt_registered_gives_way(
     model = await platform.storage.get_model(PROJECT, "job-1")
     assert model.manifest_key == platform.api.last.trained.result.manifest_key
     assert model.manifest.note == ""
+
+
+@pytest.mark.parametrize("outage", [Unavailable("storage is away"), DeadlineExceeded("storage is frozen")])
+@pytest.mark.parametrize("step", ["read_manifest", "upload_file", "register_model"])
+async def test_an_outage_of_storage_gives_the_job_back_uncounted_and_it_is_done_later(
+    platform: Platform,
+    pictures: tuple[list[Path], list[Path]],
+    small_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outage: Exception,
+    step: str,
+) -> None:
+    await platform.add_base_model(small_base)
+    assignments = [await platform.assignment(spec_of(), pictures) for _ in range(2)]
+    real, faults = getattr(StorageClient, step), [outage]
+
+    async def away_once(*args: Any, **kwargs: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return await real(*args, **kwargs)
+
+    monkeypatch.setattr(StorageClient, step, away_once)
+    async with platform.worker("trains", module=FAKE):
+        platform.api.waiting += assignments
+        await platform.api.until(lambda: platform.api.kinds()[-1:] in (["trained"], ["failed"]))
+    assert [kind for kind in platform.api.kinds() if kind in ("yielded", "failed", "trained")] == [
+        "yielded",
+        "trained",
+    ]
+
+
+async def test_a_worker_that_lost_its_job_does_not_replace_its_successor_s_model(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path
+) -> None:
+    manifest = await platform.add_base_model(small_base)
+    manifest.note = "the successor's"
+    await platform.storage.register_model(PROJECT, "job-1", manifest)
+
+    def after_uploading(report: pb.ReportRequest) -> Exception | None:
+        return StaleEpoch("another has it") if "uploading" in platform.api.kinds() else None
+
+    platform.api.refusal = after_uploading
+    async with platform.worker("trains", module=FAKE) as worker:
+        pid = worker.process.pid
+        platform.api.waiting.append(await platform.assignment(spec_of(), pictures))
+        async with asyncio.timeout(30):
+            while worker.process.pid in (pid, None):
+                await asyncio.sleep(0.05)
+    assert (await platform.storage.get_model(PROJECT, "job-1")).manifest.note == "the successor's"
+
+
+async def test_a_model_whose_deletion_was_answered_late_is_registered_all_the_same(
+    platform: Platform,
+    pictures: tuple[list[Path], list[Path]],
+    small_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest = await platform.add_base_model(small_base)
+    await platform.storage.register_model(PROJECT, "job-1", manifest)
+    delete = StorageClient.delete_model
+
+    async def twice(*args: Any) -> None:
+        await delete(*args)
+        await delete(*args)
+
+    monkeypatch.setattr(StorageClient, "delete_model", twice)
+    async with platform.worker("trains", module=FAKE):
+        platform.api.waiting.append(await platform.assignment(spec_of(), pictures))
+        await platform.api.until(lambda: platform.api.kinds()[-1:] in (["trained"], ["failed"]))
+    assert platform.api.kinds()[-1] == "trained"
+
+
+async def test_a_refused_last_report_ends_neither_the_worker_nor_its_next_job(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path
+) -> None:
+    await platform.add_base_model(small_base)
+
+    def ends(report: pb.ReportRequest) -> Exception | None:
+        over = report.job_id == "job-1" and report.WhichOneof("report") in ("trained", "failed")
+        return InvalidSpec("the record is too large") if over else None
+
+    platform.api.refusal = ends
+    async with platform.worker("trains", module=FAKE):
+        platform.api.waiting.append(await platform.assignment(spec_of(), pictures))
+        platform.api.waiting.append(await platform.assignment(spec_of(), pictures, job="job-2"))
+        await platform.api.until(lambda: platform.api.kinds()[-1:] == ["trained"])
+    assert platform.api.last.job_id == "job-2"
+
+
+async def test_an_unforeseen_fault_of_a_checkpoint_s_upload_holds_up_nothing(
+    platform: Platform,
+    pictures: tuple[list[Path], list[Path]],
+    small_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(self: CheckpointUploads, held: Path, step: int) -> None:
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(CheckpointUploads, "_store", broken)
+    await platform.add_base_model(small_base)
+    async with platform.worker("saves and ends", module=FAKE):
+        platform.api.waiting.append(await platform.assignment(spec_of(), pictures))
+        await platform.api.until(lambda: platform.api.kinds()[-1:] == ["trained"])
+    assert platform.api.kinds() == ["training", "uploading", "trained"]
 
 
 async def test_a_checkpoint_that_is_gone_costs_time_and_not_the_job(

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -16,13 +17,13 @@ from likeness.storage.v1.artifact_pb2 import Blob
 from likeness.storage.v1.model_pb2 import Model, ModelComponent, ModelFormat, ModelManifest
 from likeness.worker.v1.worker_service_pb2 import Assignment
 
-from services.adapters.blob_cache import BlobCache
+from services.adapters.blob_cache import BlobCache, FetchedModel
 from services.adapters.manifests import to_json
 from services.domain.artifacts import blob_key, digest_of_key
-from services.domain.errors import NotFound, StaleEpoch, Unavailable, row_of
+from services.domain.errors import LikenessError, NotFound, PermissionDenied, StaleEpoch, Unavailable, row_of
 from services.domain.job import JobFailure, Stage
 from services.inference.device_process import DeviceProcess
-from services.inference.worker import InferenceWorker, part_digests
+from services.inference.worker import InferenceWorker, ModelShelf, part_digests
 
 FAKE = "tests.unit.inference.fake_child"
 
@@ -132,6 +133,7 @@ class FakeClient:
     def __init__(self) -> None:
         self.waiting: list[FakeHandle] = []
         self.leaving = asyncio.Event()
+        self.refusal: Exception | None = None
         self.warm: list[str] = []
 
     def leave(self) -> None:
@@ -141,6 +143,8 @@ class FakeClient:
         self, free_slots: Callable[[], int], warm_models: Callable[[], Iterable[str]]
     ) -> AsyncIterator[FakeHandle]:
         while not self.leaving.is_set():
+            if self.refusal is not None:
+                raise self.refusal
             self.warm = list(warm_models())
             if self.waiting and free_slots() > 0:
                 yield self.waiting.pop(0)
@@ -170,8 +174,9 @@ class Bench:
 
     async def stop(self) -> None:
         self.stopping.set()
-        async with asyncio.timeout(20):
-            await self.running
+        with contextlib.suppress(LikenessError):  # which the test has seen
+            async with asyncio.timeout(20):
+                await self.running
 
     def folders(self) -> list[Path]:
         return [path for path in (self.cache.root / "holders").glob("*/*") if path.is_dir()]
@@ -181,7 +186,7 @@ async def running_bench(tmp_path: Path, device: DeviceProcess, max_jobs: int = 2
     storage, cache, client = MemoryStorage(), BlobCache(tmp_path / "cache", 1 << 40), FakeClient()
     storage.keep_model("m", {"unet/w.safetensors": b"unet", "vae/w.safetensors": b"vae"}, clip_skip=2)
     parts: tuple[Any, ...] = (client, storage, cache, device)
-    worker = InferenceWorker(*parts, max_jobs=max_jobs, grace_s=0.2)
+    worker = InferenceWorker(*parts, max_jobs=max_jobs, grace_s=0.2, outage_pause_s=0.3)
     await device.until_ready()
     return Bench(worker, client, storage, cache)
 
@@ -254,9 +259,74 @@ async def test_model_of_another_format_fails_the_job(bench: Bench) -> None:
     assert (await bench.end_of(bench.give("x", model="lora")))[1][0] == "BAD_INPUT"
 
 
-async def test_storage_outage_gives_the_job_another_try(bench: Bench) -> None:
+async def test_storage_outage_gives_the_job_back_and_counts_no_attempt(bench: Bench) -> None:
     bench.storage.is_down = True
-    assert await bench.end_of(bench.give("x")) == ("failed", ("UNAVAILABLE", "", True))
+    assert await bench.end_of(bench.give("x")) == ("yielded", "storage does not answer")
+
+
+async def test_place_of_a_job_given_back_stays_empty_for_a_while(bench: Bench) -> None:
+    bench.storage.is_down = True
+    handles = [bench.give("x", f"j{number}") for number in range(3)]
+    await bench.end_of(handles[0])
+    await bench.end_of(handles[1])
+    await asyncio.sleep(0.05)
+    assert handles[2].reports == []
+    assert (await bench.end_of(handles[2]))[0] == "yielded"
+
+
+async def test_refusal_to_give_work_ends_the_worker(bench: Bench) -> None:
+    bench.client.refusal = PermissionDenied("not a worker of this installation")
+    with pytest.raises(PermissionDenied):
+        async with asyncio.timeout(5):
+            await bench.running
+
+
+class SlowCache:
+    """Hands out folders that are only names, and takes its time to give them up."""
+
+    def __init__(self) -> None:
+        self.released: list[str] = []
+        self.may_release = asyncio.Event()
+
+    async def fetch_model(self, storage: Any, model: Model) -> FetchedModel:
+        return FetchedModel(Path(digest_of_key(model.manifest_key)), model.manifest, model.manifest_key)
+
+    async def release(self, folder: Path) -> None:
+        self.released.append(folder.name)
+        await self.may_release.wait()
+
+
+class Holding:
+    """A device that holds models."""
+
+    def __init__(self) -> None:
+        self.held: tuple[str, ...] = ()
+
+
+async def test_model_that_came_into_use_again_while_another_was_given_up_stays() -> None:
+    storage, cache, device = MemoryStorage(), SlowCache(), Holding()
+    digests = [
+        storage.keep_model(name, {"unet/w": name.encode()}).manifest_digest for name in ("a", "b", "c")
+    ]
+    parts: tuple[Any, ...] = (storage, cache, device)
+    shelf, device.held = ModelShelf(*parts), tuple(digests[:2])
+    for name in ("a", "b"):
+        async with shelf.borrowed("p1", name):
+            pass
+    device.held = ()
+
+    async def use_another() -> None:
+        async with shelf.borrowed("p1", "c"):
+            pass
+
+    tidying = asyncio.create_task(use_another())
+    while not cache.released:
+        await asyncio.sleep(0)
+    async with shelf.borrowed("p1", "b"):
+        cache.may_release.set()
+        await tidying
+        assert digests[1] not in cache.released
+    assert sorted(cache.released) == sorted(digests)
 
 
 async def test_death_of_the_child_gives_its_jobs_another_try_and_later_jobs_are_drawn(bench: Bench) -> None:
