@@ -1,5 +1,6 @@
 """The API's description in OpenAPI 3.1, made from the tables that the dialects read requests by."""
 
+from importlib.metadata import version as version_of
 from typing import Any
 
 from services.gateway.dialects.base import TrainingEndpoint
@@ -43,7 +44,7 @@ def document(base_url: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "Likeness",
-            "version": "0.1.0",
+            "version": version_of("likeness"),
             "description": "Teach a text-to-image model the likeness of a subject, and draw it. "
             "v1 and v2 serve the same jobs; v1 echoes the input, v2 shows progress as output of a running job.",
         },
