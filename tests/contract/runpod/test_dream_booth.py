@@ -74,7 +74,9 @@ def test_input_is_refused_with_every_fault(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("place", "name", "value", "accepted"), EDGES, ids=lambda part: str(part))
-def test_range_edge(place: str, name: str, value: Any, accepted: bool) -> None:
+def test_the_last_value_of_a_range_is_taken_and_the_next_refused(
+    place: str, name: str, value: Any, accepted: bool
+) -> None:
     given = input_of({place: {name: value}})
     if accepted:
         read(given)

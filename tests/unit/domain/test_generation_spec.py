@@ -34,7 +34,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize(("field", "value"), DEFAULTS.items(), ids=DEFAULTS)
-def test_default(field: str, value: Any) -> None:
+def test_an_unset_field_gets_its_default(field: str, value: Any) -> None:
     assert getattr(resolve_generation_spec(drawing(), native_size_px=512), field) == value
 
 
@@ -85,7 +85,9 @@ EDGES = [
 @pytest.mark.parametrize(
     ("field", "inside", "outside"), EDGES, ids=[f"{edge[0]}-{edge[2]}" for edge in EDGES]
 )
-def test_range_edge(field: str, inside: Any, outside: Any) -> None:
+def test_the_last_value_of_a_range_is_taken_and_the_next_refused(
+    field: str, inside: Any, outside: Any
+) -> None:
     assert getattr(resolve_generation_spec(drawing(**{field: inside})), field) == inside
     assert faults_of(drawing(**{field: outside})) == [field]
 

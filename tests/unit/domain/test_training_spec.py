@@ -81,12 +81,12 @@ EVERYDREAM_DEFAULTS = {
 
 
 @pytest.mark.parametrize(("field", "value"), DREAMBOOTH_DEFAULTS.items(), ids=DREAMBOOTH_DEFAULTS)
-def test_dreambooth_default(field: str, value: Any) -> None:
+def test_an_unset_field_gets_the_default_of_dreambooth(field: str, value: Any) -> None:
     assert getattr(resolve_training_spec(dreambooth()), field) == value
 
 
 @pytest.mark.parametrize(("field", "value"), EVERYDREAM_DEFAULTS.items(), ids=EVERYDREAM_DEFAULTS)
-def test_everydream_default(field: str, value: Any) -> None:
+def test_an_unset_field_gets_the_default_of_everydream(field: str, value: Any) -> None:
     assert getattr(resolve_training_spec(everydream()), field) == value
 
 
@@ -180,7 +180,9 @@ EDGES = [
 @pytest.mark.parametrize(
     ("field", "inside", "outside"), EDGES, ids=[f"{edge[0]}-{edge[2]}" for edge in EDGES]
 )
-def test_range_edge(field: str, inside: Any, outside: Any) -> None:
+def test_the_last_value_of_a_range_is_taken_and_the_next_refused(
+    field: str, inside: Any, outside: Any
+) -> None:
     assert getattr(resolve_training_spec(dreambooth(**{field: inside})), field) == inside
     assert faults_of(dreambooth(**{field: outside})) == [field]
 
