@@ -58,9 +58,9 @@ class LinkObserver:
         self._poll = poll
         self._told_at = -math.inf
 
-    def stage(self, stage: Stage) -> None:
-        """Tells which stage has begun."""
-        self._emit({"event": "stage", "stage": stage.value})
+    def stage(self, stage: Stage, detail: str = "") -> None:
+        """Tells which stage has begun, and how it is carried out."""
+        self._emit({"event": "stage", "stage": stage.value, "detail": detail})
 
     def progress(self, progress: Progress) -> None:
         """Tells the numbers of an update, at most four times a second and always those of the last one."""

@@ -249,6 +249,11 @@ class LatentSource:
         self._moments: dict[tuple[str, tuple[int, int]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._unusable: set[str] = set()
 
+    @property
+    def unusable(self) -> list[str]:
+        """Sample ids of the pictures that were left out so far, sorted."""
+        return sorted(self._unusable)
+
     def latents(self, use: Use) -> torch.Tensor | None:
         """Returns z0 = s * (mean + std * n) of one use: float32 on the CPU, [c, h, w].
 

@@ -14,11 +14,13 @@ class Execution:
         compute_dtype: of the forward pass; trained weights are float32 always.
         eight_bit: block-wise 8-bit moments.
         fused_attention: scaled-dot-product attention in one kernel.
+        deterministic: only kernels that give equal bits each time.
     """
 
     compute_dtype: torch.dtype
     eight_bit: bool
     fused_attention: bool
+    deterministic: bool
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -30,7 +32,8 @@ class Execution:
         """One line for people."""
         precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.compute_dtype]
         attention = "sdpa" if self.fused_attention else "plain attention"
-        return f"{precision}, {attention}, AdamW {8 if self.eight_bit else 32}-bit"
+        kernels = "deterministic" if self.deterministic else "not deterministic"
+        return f"{precision}, {attention}, AdamW {8 if self.eight_bit else 32}-bit, {kernels}"
 
 
 def resolve_execution(spec: pb.TrainingSpec, device: torch.device) -> Execution:
@@ -49,7 +52,10 @@ def resolve_execution(spec: pb.TrainingSpec, device: torch.device) -> Execution:
     if on_gpu:
         automatic = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return Execution(
-        explicit.get(spec.mixed_precision, automatic), eight_bit, not spec.disable_fused_attention
+        explicit.get(spec.mixed_precision, automatic),
+        eight_bit,
+        not spec.disable_fused_attention,
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 

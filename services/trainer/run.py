@@ -90,8 +90,8 @@ class Progress:
 class Observer(Protocol):
     """Whom a recipe tells how it gets on; nothing it does changes a weight."""
 
-    def stage(self, stage: Stage) -> None:
-        """Another stage has begun."""
+    def stage(self, stage: Stage, detail: str = "") -> None:
+        """Another stage has begun; `detail` says in words how it is carried out, if there is anything to say."""
 
     def progress(self, progress: Progress) -> None:
         """An update is over."""
@@ -125,7 +125,7 @@ class Outcome:
         checkpoint: folder of the checkpoint that a yielded run goes on from.
         warnings: remarks for the owner.
         report: seed, effective configuration and versions: enough to repeat the run.
-        execution_summary: precision, attention and optimizer that really ran.
+        execution_summary: precision, attention, optimizer and determinism that really ran.
     """
 
     ending: Ending

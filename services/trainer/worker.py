@@ -284,7 +284,7 @@ class TrainingWorker:
         elif kind == "checkpoint":
             await uploads.add(Path(event["folder"]), int(event["step"]))
         elif kind == "stage" and event["stage"] == "training":
-            await handle.stage(Stage.TRAINING, "training has begun")
+            await handle.stage(Stage.TRAINING, f"training has begun: {event['detail']}")
         elif kind == "stage" and event["stage"] == "exporting":
             await handle.stage(Stage.EXPORTING, "writing the trained weights")
 

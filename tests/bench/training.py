@@ -185,7 +185,7 @@ def _train_ours(model: Path, data: Path, out: Path) -> None:
 class _Silent:
     """An observer that hears nothing and wants nothing."""
 
-    def stage(self, stage: Any) -> None:
+    def stage(self, stage: Any, detail: str = "") -> None:
         """Ignored."""
 
     def progress(self, progress: Any) -> None:

@@ -35,6 +35,7 @@ from services.trainer.conditioning import TextConditioner, posterior_encoder
 from services.trainer.data import Concept, EpochPlan, LatentSource, Pair, PictureReader, Use, fingerprint
 from services.trainer.drawings import has_prior
 from services.trainer.execution import Execution, resolve_execution, schedule_name
+from services.trainer.guards import SPIKE_WINDOW, WATCHED_EVERY, WeightWatch, is_spike, remarks
 from services.trainer.losses import NoiseSchedule, add_noise, micro_step_loss, per_sample_mse, training_target
 from services.trainer.optim import (
     LearningRateSchedule,
@@ -53,7 +54,7 @@ MAY_DIFFER_ON_RESUME = frozenset({"maxTrainSteps", "numTrainEpochs", "saveFullPr
 CONSECUTIVE_LIMIT = 3
 WINDOW = 200
 WINDOW_LIMIT = 2
-LOSSES_KEPT = 50
+LOSSES_AVERAGED = 50
 LARGE_EPSILON = 1e-3
 REPORT = "training.json"
 CHECKPOINT_TIME_SHARE = 0.02
@@ -119,6 +120,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         weight_decay=spec.adam_weight_decay,
         eight_bit=execution.eight_bit,
     )
+    watch = WeightWatch(parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=execution.compute_dtype is torch.float16)
 
     # --- where an earlier attempt stopped -------------------------------------------------------------------
@@ -149,7 +151,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         return checkpoints.capture(parameters, optimizer, step=counters.update, state=state)
 
     # --- the updates ----------------------------------------------------------------------------------------
-    observer.stage(Stage.TRAINING)
+    observer.stage(Stage.TRAINING, execution.summary)
     writer = checkpoints.BackgroundWriter(run.checkpoint_folder)
     pace = _Pace(run.checkpoint_interval_s)
     ending = Ending.TRAINED
@@ -212,7 +214,12 @@ def train(run: Run, observer: Observer) -> Outcome:
                 # Only finite gradients reach the weights.
                 finite = instance_total > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
                 if finite:
+                    watched = update % WATCHED_EVERY == 0
+                    if watched:
+                        watch.mark()
                     scaler.step(optimizer)
+                    if watched:
+                        counters.largest_change = max(counters.largest_change, watch.change())
                 if scaler.is_enabled():
                     scaler.update(None if finite else scaler.get_scale() / 2)
                 if not finite and scaler.is_enabled() and scaler.get_scale() >= 1:
@@ -250,6 +257,8 @@ def train(run: Run, observer: Observer) -> Outcome:
     finally:
         writer.close()
     step = counters.update
+    warnings += [f"left out, it cannot be encoded: {name}" for name in latents.unusable]
+    warnings += remarks(counters.spikes, counters.largest_change, watch.drift())
     if ending is Ending.DIVERGED:
         warnings.append("training diverged: these are the last good weights")
         good = checkpoints.read_newest(run.checkpoint_folder) or resumed
@@ -268,7 +277,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         "configuration": configuration,
         "versions": _versions(device),
         "execution": execution.summary,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic": execution.deterministic,
         "threads": torch.get_num_threads(),
         "skipped_updates": counters.skipped,
         "samples_seen": counters.samples,
@@ -334,6 +343,8 @@ class _Counters:
     skipped: int = 0
     consecutive_skipped: int = 0
     elapsed_s: float = 0.0
+    spikes: int = 0
+    largest_change: float = 0.0
     recent_losses: tuple[float, ...] = ()
     recent_skips: tuple[bool, ...] = ()
 
@@ -345,7 +356,8 @@ class _Counters:
         self.consecutive_skipped = 0 if finite else self.consecutive_skipped + 1
         self.recent_skips = (*self.recent_skips, not finite)[-WINDOW:]
         if finite:
-            self.recent_losses = (*self.recent_losses, loss)[-LOSSES_KEPT:]
+            self.spikes += is_spike(loss, self.recent_losses)
+            self.recent_losses = (*self.recent_losses, loss)[-SPIKE_WINDOW:]
 
     @property
     def diverged(self) -> bool:
@@ -356,7 +368,8 @@ class _Counters:
     @property
     def final_loss(self) -> float:
         """Mean loss of the last updates that were applied."""
-        return statistics.fmean(self.recent_losses) if self.recent_losses else math.nan
+        last = self.recent_losses[-LOSSES_AVERAGED:]
+        return statistics.fmean(last) if last else math.nan
 
     def as_json(self) -> dict[str, Any]:
         """Returns the counters as JSON values that make the same counters again."""

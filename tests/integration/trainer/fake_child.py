@@ -47,8 +47,8 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
     if scenario == "fails at once":
         link.emit({"event": "failed", "retryable": False, **failure})
         return
-    link.emit({"event": "stage", "stage": "loading"})
-    link.emit({"event": "stage", "stage": "training"})
+    link.emit({"event": "stage", "stage": "loading", "detail": ""})
+    link.emit({"event": "stage", "stage": "training", "detail": "fp32"})
     if scenario == "hangs":
         time.sleep(600)
     if scenario == "saves and ends":

@@ -65,7 +65,7 @@ def spec_of(**changes: int) -> training.TrainingSpec:
         training.TrainingSpec(concepts=[concept], base_model="base", model_name="Rex")
     )
     spec.resolution = 16
-    spec.learning_rate = 1e-3
+    spec.learning_rate = 5e-4
     for name, value in changes.items():
         setattr(spec, name, value)
     return spec
@@ -83,7 +83,7 @@ async def test_a_training_is_fetched_trained_stored_and_registered(
     result = platform.api.last.trained.result
     assert (result.model, result.steps, result.seed, result.device) == ("job-1", 6, 1337, "cpu")
     assert result.final_loss > 0
-    assert result.execution_summary == "fp32, sdpa, AdamW 32-bit"
+    assert result.execution_summary == "fp32, sdpa, AdamW 32-bit, deterministic"
     assert list(result.warnings) == ["a picture was skipped"]
     model = await platform.storage.get_model(PROJECT, "job-1")
     assert model.display_name == "Rex"

@@ -100,11 +100,13 @@ class Recorder:
 
     ask: dict[int, Request] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
     updates: list[Progress] = field(default_factory=list)
     saved: list[tuple[Path, int]] = field(default_factory=list)
 
-    def stage(self, stage: Stage) -> None:
+    def stage(self, stage: Stage, detail: str = "") -> None:
         self.stages.append(stage)
+        self.details.append(detail)
 
     def progress(self, progress: Progress) -> None:
         self.updates.append(progress)

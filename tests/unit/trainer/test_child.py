@@ -121,7 +121,9 @@ def test_a_training_tells_its_stages_and_ends_with_its_files(bench: Bench) -> No
     run = bench.run(complete_spec(max_train_steps=2))
     outcome = child.train(run, link.observer())
     link.emit(child.ended_event(outcome))
-    assert [event["stage"] for event in link.events if event["event"] == "stage"] == list(Stage)
+    stages = [event for event in link.events if event["event"] == "stage"]
+    assert [event["stage"] for event in stages] == list(Stage)
+    assert [event["detail"] for event in stages] == ["", "fp32, sdpa, AdamW 32-bit, deterministic", ""]
     last = link.events[-1]
     assert (last["event"], last["ending"], last["step"]) == ("ended", "trained", 2)
     assert all(Path(file["file"]).is_file() for file in last["files"])

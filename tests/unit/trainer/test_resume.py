@@ -330,6 +330,9 @@ def test_float16_overflows_repeat_the_update_with_a_smaller_scale(
     trained = bench.train(spec, recorder=recorder)
     assert trained.outcome.ending is Ending.TRAINED
     assert poison.calls == 5
+    in_float32 = bench.train(complete_spec(max_train_steps=4), name="float32")
+    norms = [[update.gradient_norm for update in run.recorder.updates] for run in (trained, in_float32)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05), "measured and clipped after the scale is taken out"
     assert trained.report()["skipped_updates"] == 0
     stored = checkpoints.read_newest(trained.run.checkpoint_folder)
     assert stored is not None
