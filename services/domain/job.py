@@ -15,7 +15,7 @@ which is the log sequence of that revision. All times are milliseconds since 197
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final, Self
@@ -25,7 +25,11 @@ from services.domain.errors import InvalidSpec, StaleEpoch, WrongState
 SCHEMA_VERSION: Final = 1
 MAX_RECORD_BYTES: Final = 32 * 1024
 ID_PATTERN: Final = re.compile(r"^[A-Za-z0-9_-]{1,64}\Z")
-MAX_ERROR_CHARS: Final = 2000
+MAX_ERROR_BYTES: Final = 2000
+MAX_WHY_BYTES: Final = 500
+MAX_REMARKS: Final = 20
+MAX_REMARK_CHARS: Final = 200
+MAX_REMARKS_BYTES: Final = 3 * 1024
 
 
 class JobKind(StrEnum):
@@ -101,6 +105,23 @@ def whole_fraction(stage: Stage, step: int, total_steps: int) -> float:
     start, width = _SHARE_OF_WHOLE[stage]
     within = min(1.0, step / total_steps) if total_steps > 0 else 0.0
     return start + width * within
+
+
+def bounded_remarks(remarks: Iterable[str]) -> list[str]:
+    """The first remarks on a job, shortened to what its record has room for beside its specification."""
+    kept: list[str] = []
+    left = MAX_REMARKS_BYTES
+    for remark in remarks:
+        short = remark[:MAX_REMARK_CHARS]
+        left -= len(short.encode())
+        if left < 0 or len(kept) == MAX_REMARKS:
+            break
+        kept.append(short)
+    return kept
+
+
+def _clipped(text: str, max_bytes: int) -> str:
+    return text.encode()[:max_bytes].decode(errors="ignore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +219,7 @@ class JobRecord:
         epoch: log sequence of the ready revision that was taken; 0 before the first taking.
         worker: the worker that owns the job; "" while the api or nobody does.
         last_worker: the worker that had it last.
+        device_memory: memory of that worker's device in bytes; 0 on a CPU.
         beaten: the present owner has been heard of since it took the job.
         reported: reports accepted in this epoch.
         spec: the canonical specification as JSON of its proto; {} when it lies in storage under `spec_key`.
@@ -226,6 +248,7 @@ class JobRecord:
     epoch: int = 0
     worker: str = ""
     last_worker: str = ""
+    device_memory: int = 0
     beaten: bool = False
     reported: int = 0
     spec: Mapping[str, Any] = field(default_factory=dict)
@@ -403,7 +426,7 @@ def make_ready(record: JobRecord, prepared: Mapping[str, Any], model: str, now_m
     )
 
 
-def take(record: JobRecord, sequence: int, worker: str, now_ms: int) -> JobRecord:
+def take(record: JobRecord, sequence: int, worker: str, now_ms: int, device_memory: int = 0) -> JobRecord:
     """Gives a ready job to a worker; the epoch is the sequence of the revision that was ready."""
     _require(record, record.ready and record.state in (JobState.QUEUED, JobState.RUNNING), "be taken")
     times = replace(record.times, started=record.times.started or now_ms)
@@ -416,6 +439,7 @@ def take(record: JobRecord, sequence: int, worker: str, now_ms: int) -> JobRecor
         epoch=sequence,
         worker=worker,
         last_worker=worker,
+        device_memory=device_memory,
         beaten=False,
         attempt=record.attempt + 1,
         reported=0,
@@ -450,7 +474,14 @@ def heard(record: JobRecord) -> JobRecord:
 def report_stage(record: JobRecord, epoch: int, stage: Stage, why: str) -> JobRecord:
     """The owner entered another stage."""
     check_epoch(record, epoch)
-    return replace(record, stage=stage, why=why, event=True, beaten=True, reported=record.reported + 1)
+    return replace(
+        record,
+        stage=stage,
+        why=_clipped(why, MAX_WHY_BYTES),
+        event=True,
+        beaten=True,
+        reported=record.reported + 1,
+    )
 
 
 def report_checkpoint(record: JobRecord, epoch: int, checkpoint: Checkpoint) -> JobRecord:
@@ -580,6 +611,7 @@ def retry(record: JobRecord, now_ms: int) -> JobRecord:
         fruitless=0,
         worker="",
         last_worker="",
+        device_memory=0,
         beaten=False,
         reported=0,
         checkpoint=None,
@@ -638,14 +670,14 @@ def _give_back(record: JobRecord, why: str, now_ms: int) -> JobRecord:
         ready=True,
         worker="",
         beaten=False,
-        why=why,
+        why=_clipped(why, MAX_WHY_BYTES),
         event=True,
         times=replace(record.times, waiting_since=now_ms),
     )
 
 
 def _fail(record: JobRecord, failure: JobFailure, now_ms: int) -> JobRecord:
-    cut = replace(failure, message=failure.message[:MAX_ERROR_CHARS])
+    cut = replace(failure, message=_clipped(failure.message, MAX_ERROR_BYTES))
     return _end(replace(record, error=cut), JobState.FAILED, cut.message, now_ms)
 
 
@@ -657,4 +689,5 @@ def _end(record: JobRecord, state: JobState, why: str, now_ms: int) -> JobRecord
         waiting_since=0,
         keep_until=now_ms + record.limits.retention_ms,
     )
+    why = _clipped(why, MAX_WHY_BYTES)
     return replace(record, state=state, ready=False, worker="", why=why, event=True, times=times)

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_RESULT_BYTES: Final = 8 * 1024
 """Longest result of a drawing, as JSON, that a record carries itself."""
-MAX_WARNINGS: Final = 20
-MAX_WARNING_CHARS: Final = 200
 MAX_MESSAGE_CHARS: Final = 500
 
 _WORKERS_STAGES: Final = {
@@ -58,7 +56,10 @@ class WorkerServicer(WorkerServiceServicer):
         """Asks for work and waits for it."""
         slots = min(max(request.free_slots, 1), MAX_SLOTS)
         wait_s = min(max(request.wait.ToMilliseconds() / 1000, 0.0), MAX_WAIT_S)
-        taken = await self._dispatcher.take(request.worker_id, set(request.warm_models), slots, wait_s)
+        memory = max(request.device_memory_bytes, 0)
+        taken = await self._dispatcher.take(
+            request.worker_id, set(request.warm_models), slots, wait_s, memory
+        )
         response = pb.TakeResponse(drain=self._dispatcher.is_draining(request.worker_id))
         for revision in taken:
             assignment = await self._assignment_or_back(revision)
@@ -159,7 +160,7 @@ class WorkerServicer(WorkerServiceServicer):
 
     def _trained(self, request: pb.ReportRequest) -> Move:
         result = request.trained.result
-        warnings = [text[:MAX_WARNING_CHARS] for text in result.warnings[:MAX_WARNINGS]]
+        warnings = life.bounded_remarks(result.warnings)
         del result.warnings[:]
         result.warnings.extend(warnings)
         trained = as_json(result)

@@ -56,10 +56,6 @@ answer leaves the job where it is, for the next tick to begin again; anything el
 IMPORT_TIMEOUT_S: Final = 1800.0
 """Longest time for one archive: download, checks, decoding, storing."""
 
-MAX_WARNINGS: Final = 20
-MAX_WARNING_CHARS: Final = 200
-"""What a record keeps of an import's remarks; the dataset's manifest has them all."""
-
 Led = tuple[JobRef, Phase, int]
 """What is led: one phase of one run of a job."""
 
@@ -174,13 +170,12 @@ class TrainingLeader:
             why = f"drawing {missing} class pictures"
             revision = await self._write(revision, life.enter_stage(revision.record, Stage.CLASS_IMAGES, why))
             await self._draw_missing(revision, plans, missing, spec.sample_batch_size)
-        remarks = [warning[:MAX_WARNING_CHARS] for plan in plans for warning in plan.warnings]
         prepared = training_job_pb2.PreparedInputs(
             base_manifest_key=base.manifest_key,
             datasets=[
                 await self._dataset_ref(revision.record.project, n, plan) for n, plan in enumerate(plans)
             ],
-            warnings=remarks[:MAX_WARNINGS],
+            warnings=life.bounded_remarks(warning for plan in plans for warning in plan.warnings),
         )
         ready = life.make_ready(revision.record, _to_json(prepared), base.manifest_digest, self._log.now_ms())
         await self._write(revision, ready)

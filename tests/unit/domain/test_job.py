@@ -346,8 +346,42 @@ def test_a_long_error_is_cut_to_what_a_record_holds() -> None:
     failed = job.fail(admitted(), JobFailure("INTERNAL", "x" * 50_000), 5)
 
     assert failed.error is not None
-    assert len(failed.error.message) == job.MAX_ERROR_CHARS
+    assert len(failed.error.message) == job.MAX_ERROR_BYTES
+    assert len(failed.why) == job.MAX_WHY_BYTES
     assert len(failed.to_json()) < job.MAX_RECORD_BYTES
+
+
+@pytest.mark.parametrize("letter", ["x", "\N{GRINNING FACE}"])
+def test_no_text_that_a_job_collects_makes_its_record_too_large(letter: str) -> None:
+    text = letter * 5000
+    key = "projects/" + "p" * 64 + "/blobs/sha256/" + "0" * 64
+    datasets = [
+        {
+            "concept_index": index,
+            "instance_key": key,
+            "class_key": key,
+            "instance_images": 99,
+            "class_images": 99,
+        }
+        for index in range(8)
+    ]
+    inputs = {"datasets": datasets, "warnings": job.bounded_remarks([text] * 30)}
+    spec = {"text": "x" * 15_000}
+    record = job.admit_training(
+        JobRef(JobKind.TRAIN, "p" * 64, "j" * 64),
+        spec=spec,
+        options={},
+        limits=Limits(),
+        request="",
+        now_ms=1,
+    )
+    record = job.make_ready(job.begin_preparing(record, 1), inputs, "0" * 64, 1)
+    record = job.take(record, 5, "w" * 64, 1)
+    record = job.report_stage(record, 5, Stage.EXPORTING, text)
+    failure = JobFailure("INTERNAL", text)
+    tried_again = job.report_failed(record, 5, failure, True, 1)
+    ended = job.fail(job.report_trained(record, 5, inputs), failure, 1)
+    assert max(len(each.to_json()) for each in (record, tried_again, ended)) <= job.MAX_RECORD_BYTES
 
 
 def test_a_job_within_its_limits_is_not_overdue() -> None:
