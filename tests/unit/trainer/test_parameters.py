@@ -1,5 +1,7 @@
 """One proof a parameter: each test fails if the recipe ignores the field it is named for."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 from transformers.models.clip import modeling_clip
 
-from services.domain.errors import InvalidSpec
+from services.domain.errors import BadInput, InvalidSpec
 from services.trainer import optim, randomness
+from services.trainer.losses import NoiseSchedule
 from services.trainer.randomness import Purpose
 from services.trainer.recipes import dreambooth
 from services.trainer.support import HONOURED, OF_OTHERS
@@ -573,6 +576,41 @@ def test_equal_instance_and_class_prompts_are_warned_about(bench: Bench) -> None
     concept = make_concept(bench.folder / "data", instance_prompt="a dog", class_prompt="a dog")
     trained = bench.train(complete_spec(max_train_steps=1), (concept,))
     assert "prompt are equal" in trained.outcome.warnings[0]
+
+
+def with_prediction_type(bench: Bench, name: str) -> Path:
+    """A copy of the model whose noise schedule names another prediction type."""
+    folder = bench.folder / name
+    shutil.copytree(bench.model_folder, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": name}))
+    return folder
+
+
+def test_the_models_own_prediction_type_decides_what_it_learns(bench: Bench) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def note(schedule: NoiseSchedule, z0: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> None:
+        alpha = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        seen.append((e, alpha.sqrt() * e - (1 - alpha).sqrt() * z0))
+
+    errors: list[torch.Tensor] = []
+    with (
+        spying(dreambooth, "training_target", note),
+        spying(dreambooth, "per_sample_mse", lambda prediction, target: errors.append(target)),
+    ):
+        bench.train(complete_spec(max_train_steps=1), name="noise")
+        folder = with_prediction_type(bench, "v_prediction")
+        trained = bench.train(complete_spec(max_train_steps=1), name="velocity", model_folder=folder)
+    torch.testing.assert_close(errors[0], seen[0][0])
+    torch.testing.assert_close(errors[1], seen[1][1])
+    assert trained.report()["configuration"]["predictionType"] == "v_prediction"
+
+
+def test_a_model_with_another_prediction_type_is_refused(bench: Bench) -> None:
+    folder = with_prediction_type(bench, "sample")
+    with pytest.raises(BadInput, match="'sample'"):
+        bench.train(complete_spec(), model_folder=folder)
 
 
 def test_the_fixture_trains_at_the_size_the_tests_assume() -> None:
