@@ -79,7 +79,12 @@ class Dispatcher:
     # Takings
 
     async def take(
-        self, worker: str, warm_models: Collection[str], free_slots: int, wait_s: float
+        self,
+        worker: str,
+        warm_models: Collection[str],
+        free_slots: int,
+        wait_s: float,
+        device_memory: int = 0,
     ) -> list[Revision]:
         """Takes jobs for a worker; waits for some to come.
 
@@ -90,6 +95,7 @@ class Dispatcher:
             warm_models: digests of the model manifests it holds ready.
             free_slots: jobs it could begin at once, 1..64.
             wait_s: longest wait, 0..20 s.
+            device_memory: memory of its device in bytes; 0 on a CPU.
 
         Returns:
             The revisions in which the jobs are the worker's; none when the wait was over or the worker is to leave.
@@ -104,7 +110,7 @@ class Dispatcher:
         end = self._clock.monotonic() + wait_s
         while not self._closing.is_set() and worker not in self._draining:
             signal = self.records.index.work_signal()
-            taken = await self._unless_cancelled(worker, warm_models, free_slots)
+            taken = await self._unless_cancelled(worker, warm_models, free_slots, device_memory)
             left_s = end - self._clock.monotonic()
             if taken or left_s <= 0:
                 return taken
@@ -112,11 +118,11 @@ class Dispatcher:
         return []
 
     async def _unless_cancelled(
-        self, worker: str, warm_models: Collection[str], free_slots: int
+        self, worker: str, warm_models: Collection[str], free_slots: int, device_memory: int
     ) -> list[Revision]:
         if not self.records.index.is_caught_up:
             return []
-        taking = asyncio.create_task(self._take_now(worker, warm_models, free_slots))
+        taking = asyncio.create_task(self._take_now(worker, warm_models, free_slots, device_memory))
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:
@@ -125,7 +131,9 @@ class Dispatcher:
             task.add_done_callback(self._giving_back.discard)
             raise
 
-    async def _take_now(self, worker: str, warm_models: Collection[str], free_slots: int) -> list[Revision]:
+    async def _take_now(
+        self, worker: str, warm_models: Collection[str], free_slots: int, device_memory: int
+    ) -> list[Revision]:
         """Takes what can be taken at this moment; a job lost to another replica is replaced by the next best."""
         self.book.ask(worker, warm_models, free_slots)
         taken: list[Revision] = []
@@ -133,7 +141,9 @@ class Dispatcher:
             picked = self._pick(worker, warm_models, free_slots - len(taken), taken)
             if not picked:
                 break
-            won = await asyncio.gather(*(self._take_one(revision, worker) for revision in picked))
+            won = await asyncio.gather(
+                *(self._take_one(revision, worker, device_memory) for revision in picked)
+            )
             taken.extend(revision for revision in won if revision is not None)
         return taken
 
@@ -155,10 +165,11 @@ class Dispatcher:
         )
         return [index.begin_taking(waiting.ref) for waiting in chosen]
 
-    async def _take_one(self, revision: Revision, worker: str) -> Revision | None:
+    async def _take_one(self, revision: Revision, worker: str, device_memory: int) -> Revision | None:
         ref = revision.record.ref
         try:
-            moved = life.take(revision.record, revision.sequence, worker, self.records.now_ms())
+            now_ms = self.records.now_ms()
+            moved = life.take(revision.record, revision.sequence, worker, now_ms, device_memory)
             return await self.records.write(moved, revision.sequence)
         except Conflict:
             with suppress(NotFound):

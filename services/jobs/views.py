@@ -211,6 +211,7 @@ class Views:
             attempt=record.attempt,
             run=record.round,
             worker_id=record.worker or record.last_worker,
+            device_memory_bytes=record.device_memory,
             sequence=revision.sequence,
         )
         if record.prepared is not None:

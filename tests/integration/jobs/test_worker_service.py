@@ -83,6 +83,20 @@ async def test_a_training_goes_through_its_whole_phase(platform: MemoryPlatform)
     assert entry.body["loss"] == 0.25
 
 
+async def test_the_record_names_the_memory_of_the_device_that_has_the_job(platform: MemoryPlatform) -> None:
+    record = await put_training(platform)
+    async with (
+        serving(platform, JobKind.TRAIN) as api,
+        worker(api, device_memory_bytes=24 * 2**30) as client,
+    ):
+        [job] = await client.take(1)
+        assert (await newest(platform, record)).device_memory == 24 * 2**30
+        await job.failed(life.JobFailure("DIVERGED", "the loss is not finite"))
+    ended = await newest(platform, record)
+    assert (ended.state, ended.device_memory) == (JobState.FAILED, 24 * 2**30)
+    assert life.retry(ended, now(platform)).device_memory == 0
+
+
 async def test_a_drawing_succeeds_with_its_pictures(platform: MemoryPlatform) -> None:
     record = await put_drawing(platform)
     async with serving(platform) as api, worker(api) as client:

@@ -280,8 +280,8 @@ def _duration_ms(span: Duration) -> int:
 
 
 def gpu_of(job: training_job_pb2.TrainingJob) -> str:
-    """Memory of the device that trained, in GB as text; "0" on a CPU and while it is not known."""
-    return str(round(job.result.device_memory_bytes / 2**30))
+    """Memory of the device that trains, in GB as text; "0" on a CPU and before a trainer has the job."""
+    return str(round((job.device_memory_bytes or job.result.device_memory_bytes) / 2**30))
 
 
 def progress_of(job: training_job_pb2.TrainingJob) -> dict[str, Any]:
