@@ -59,6 +59,8 @@ IMPORT_TIMEOUT_S: Final = 1800.0
 Led = tuple[JobRef, Phase, int]
 """What is led: one phase of one run of a job."""
 
+CLASS_DATA_IGNORED: Final = "the class pictures given are not used: prior preservation is off"
+
 ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
 
 
@@ -204,7 +206,8 @@ class TrainingLeader:
             seed=concept.seed if concept.HasField("seed") else spec.seed,
         )
         if not has_prior(spec, concept):
-            return _ConceptPlan(instance, recipe, warnings=tuple(instance.warnings))
+            ignored = [CLASS_DATA_IGNORED] if concept.HasField("class_data") else []
+            return _ConceptPlan(instance, recipe, warnings=(*ignored, *instance.warnings))
         given = artifact_pb2.Dataset()
         if concept.HasField("class_data"):
             given = await self._import(project, concept.class_data, False, 0)

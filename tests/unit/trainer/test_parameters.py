@@ -296,6 +296,7 @@ def test_disable_fused_attention_swaps_the_kernels(bench: Bench) -> None:
         with (
             spying(AttnProcessor, "__call__", lambda *a, **k: called.append("plain")),
             spying(AttnProcessor2_0, "__call__", lambda *a, **k: called.append("fused")),
+            spying(modeling_clip, "eager_attention_forward", lambda *a, **k: called.append("plain text")),
         ):
             runs[flag] = bench.train(
                 complete_spec(disable_fused_attention=flag, max_train_steps=1), name=str(flag)
@@ -303,6 +304,7 @@ def test_disable_fused_attention_swaps_the_kernels(bench: Bench) -> None:
         # The VAE's single attention stays fused: its picture is encoded once.
         assert called.count("plain" if flag else "fused") >= 4
         assert called.count("fused" if flag else "plain") <= 2
+        assert ("plain text" in called) == flag
     assert runs[True].losses == pytest.approx(runs[False].losses, abs=1e-4)
     assert "sdpa" in runs[False].outcome.execution_summary
     assert "plain attention" in runs[True].outcome.execution_summary

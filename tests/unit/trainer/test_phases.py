@@ -25,7 +25,7 @@ from services.domain.errors import (
 from services.domain.job import JobKind, JobRef, JobState, Limits, Phase, Stage
 from services.domain.ports import Revision
 from services.trainer.drawings import ClassImages, child_id, runs_of
-from services.trainer.phases import ATTEMPTS, Siblings, TrainingLeader
+from services.trainer.phases import ATTEMPTS, CLASS_DATA_IGNORED, Siblings, TrainingLeader
 
 REF = JobRef(JobKind.TRAIN, "dev", "job-1")
 BASE = model_pb2.Model(model="pocket", manifest_key="shared/base", manifest_digest="d" * 64)
@@ -236,7 +236,9 @@ async def test_without_prior_preservation_no_class_picture_is_read_or_drawn() ->
     await house.leader.lead(await house.admit())
     assert house.storage.imports == ["http://x/5"]
     assert house.inference.order == []
-    assert (await house.read()).record.ready
+    record = (await house.read()).record
+    assert record.ready
+    assert CLASS_DATA_IGNORED in (record.prepared or {})["warnings"]
 
 
 async def test_pictures_drawn_before_are_found_again() -> None:
