@@ -27,6 +27,9 @@ PREFIX = "LIKENESS_"
 CONFIGURATION_FAULT = 78
 """Exit status of a process whose settings are wrong (EX_CONFIG of sysexits.h)."""
 
+EMBEDDED_MODEL = "pocket"
+"""The base model that the embedded platform makes for itself: the default, and the name of its folder."""
+
 EMBEDDED_NATS_ADDR = "127.0.0.1:8104"
 """Where the launcher's own nats-server listens unless told otherwise."""
 
@@ -201,7 +204,7 @@ class EgressSettings(CommonSettings):
 class BaseModelSettings(CommonSettings):
     """Which model is meant when a request names none."""
 
-    base_model: str = setting("pocket", "Base model of requests that name none.")
+    base_model: str = setting(EMBEDDED_MODEL, "Base model of requests that name none.")
 
 
 class LeaseSettings(CommonSettings):

@@ -1,6 +1,6 @@
-"""Rules that specifications are checked against: ranges of numbers, lengths of texts, addresses.
+"""Rules that requests are checked against: ranges of numbers, lengths of texts, addresses, pages.
 
-Every check returns violations instead of raising, so that a caller hears of all faults at once.
+What checks a field of a specification returns violations instead of raising, so that a caller hears of all faults.
 """
 
 from collections.abc import Iterable
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.domain.addresses import parse_target
-from services.domain.errors import EgressRefused, Violation
+from services.domain.errors import EgressRefused, InvalidSpec, Violation
 
 MAX_SEED = 2**63 - 1
+MAX_PAGE = 200
+DEFAULT_PAGE = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,20 @@ def check_ranges(message: Any, ranges: Iterable[Range], path: str = "") -> list[
         if not limit.holds(getattr(message, limit.field)):
             found.append(Violation(path + limit.field, limit.rule))
     return found
+
+
+def page_length(page_size: int) -> int:
+    """Elements of one page of a listing.
+
+    Args:
+        page_size: what was asked for, 1..200; 0: 50.
+
+    Raises:
+        InvalidSpec: it is out of range.
+    """
+    if not 0 <= page_size <= MAX_PAGE:
+        raise InvalidSpec(f"must be between 0 and {MAX_PAGE}", "page_size")
+    return page_size or DEFAULT_PAGE
 
 
 def check_text(field: str, text: str, at_most: int, at_least: int = 0) -> list[Violation]:

@@ -48,6 +48,8 @@ class QueueLimit:
 
 @dataclass(slots=True)
 class _Use:
+    """What one key has done of one operation: when, within the window, and how many requests are under way."""
+
     moments: deque[float] = field(default_factory=deque)
     at_once: int = 0
 

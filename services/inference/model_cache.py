@@ -37,6 +37,8 @@ class ModelFiles:
 
 @dataclass(slots=True)
 class _Part:
+    """A loaded module, and the bytes of its weights."""
+
     module: Any
     size_bytes: int
 

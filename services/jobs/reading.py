@@ -5,15 +5,14 @@ from typing import Final
 
 from likeness.job.v1.job_pb2 import JobEvent
 
-from services.domain.errors import InvalidSpec, LikenessError, NotFound, Unavailable
+from services.domain.errors import LikenessError, NotFound, Unavailable
 from services.domain.job import JobRecord, JobRef, JobState
 from services.domain.ports import Clock, ProgressLog, Revision
+from services.domain.rules import page_length
 from services.jobs.dispatch import first_of
 from services.jobs.records import Records
 from services.jobs.views import event_of, progress_event_of
 
-DEFAULT_PAGE: Final = 50
-MAX_PAGE: Final = 200
 PROGRESS_S: Final = 1.0
 """Seconds between two looks for new numbers of a watched job."""
 
@@ -60,12 +59,11 @@ class Reading:
             InvalidSpec: size or token is malformed.
             Unavailable: this replica has just started and does not know all jobs yet.
         """
-        if not 0 <= size <= MAX_PAGE:
-            raise InvalidSpec(f"must be between 0 and {MAX_PAGE}", "page_size")
+        length = page_length(size)
         if not self._records.index.is_caught_up:
             raise Unavailable("still reading the job log")
         index = self._records.index
-        lines, next_token = index.page(project, size or DEFAULT_PAGE, token, states, endpoint)
+        lines, next_token = index.page(project, length, token, states, endpoint)
         found = await self._records.log.read_many([line.ref for line in lines])
         by_ref = {revision.record.ref: revision for revision in found}
         return [by_ref[line.ref] for line in lines if line.ref in by_ref], next_token

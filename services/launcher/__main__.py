@@ -15,12 +15,11 @@ import sys
 import time
 
 from services.adapters.leash import leashed
-from services.adapters.settings import LauncherSettings, load_or_exit
+from services.adapters.settings import EMBEDDED_MODEL, LauncherSettings, load_or_exit
 from services.launcher import plan
 from services.launcher.home import Home, InUse
 from services.launcher.supervisor import StartFailed, Supervisor
 
-EMBEDDED_MODEL = "pocket"
 EXTRA_GRACE_S = 5.0
 """Time a program gets beyond the grace that it gives its own calls."""
 

@@ -43,6 +43,7 @@ from likeness.access.v1.access_service_pb2_grpc import AccessServiceServicer
 
 from services.domain.artifacts import is_ref_name, scope
 from services.domain.errors import AlreadyExists, InvalidSpec, NotFound, Unauthenticated, Unavailable
+from services.domain.rules import page_length
 from services.storage.documents import (
     KEY_HASHES,
     KEY_REVOCATIONS,
@@ -61,8 +62,6 @@ CACHE_S: Final = 5.0
 CACHED_KEYS: Final = 10_000
 NOTE_USES_EVERY_S: Final = 30.0
 MAX_NAME: Final = 200
-MAX_PAGE: Final = 200
-DEFAULT_PAGE: Final = 50
 _SECRET: Final = re.compile(rf"{SECRET_PREFIX}[A-Za-z0-9_-]{{43}}")
 _MINUTE_MS: Final = 60_000
 
@@ -344,7 +343,5 @@ def _check_name(name: str, field: str) -> None:
 
 
 def _page(names: list[str], page_size: int) -> tuple[list[str], str]:
-    if not 0 <= page_size <= MAX_PAGE:
-        raise InvalidSpec(f"must be between 0 and {MAX_PAGE}", "page_size")
-    page = names[: page_size or DEFAULT_PAGE]
+    page = names[: page_length(page_size)]
     return page, page[-1] if len(names) > len(page) else ""

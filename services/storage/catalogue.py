@@ -40,6 +40,7 @@ from likeness.storage.v1.model_pb2 import (
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from services.adapters.settings import EMBEDDED_MODEL
 from services.domain.artifacts import is_ref_name, media_type_of
 from services.domain.errors import BadInput, InvalidSpec, LikenessError, NotFound, Violation
 from services.storage import hub
@@ -50,7 +51,6 @@ from services.storage.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_MODEL: Final = "pocket"
 EMBEDDED_NOTE: Final = "random weights: pictures are noise"
 
 

@@ -124,9 +124,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int 
         raise ImageRefused(RefusalKind.UNREADABLE, why) from error
     except MemoryError as error:
         raise ImageRefused(RefusalKind.UNREADABLE, "needs too much memory") from error
-    except (
-        Exception
-    ) as error:  # decoders fed with crafted bytes raise anything, and each of it means the same
+    except Exception as error:
+        # Decoders fed with crafted bytes raise anything, and each of it means the same.
         why = "the file is truncated" if "truncated" in str(error).lower() else "the file is damaged"
         raise ImageRefused(RefusalKind.UNREADABLE, why) from error
 

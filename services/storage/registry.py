@@ -27,12 +27,11 @@ from likeness.storage.v1.model_pb2 import (
 from services.adapters.manifests import digest_of, from_json, to_json
 from services.domain.artifacts import blob_key, digest_of_key, is_blob_key, is_ref_name, project_of_key
 from services.domain.errors import AlreadyExists, InvalidSpec, NotFound, Violation
+from services.domain.rules import page_length
 from services.storage.blobs import Blobs
 from services.storage.documents import MODEL_NAMES, MODELS, Documents
 
 MAX_MANIFEST_BYTES: Final = 64 << 20
-MAX_PAGE: Final = 200
-DEFAULT_PAGE: Final = 50
 KEPT_MANIFESTS: Final = 256
 
 
@@ -164,11 +163,10 @@ class ModelRegistry:
         Raises:
             InvalidSpec: page size or token is wrong.
         """
-        if not 0 <= page_size <= MAX_PAGE:
-            raise InvalidSpec(f"must be between 0 and {MAX_PAGE}", "page_size")
+        length = page_length(page_size)
         last = _read_token(page_token)
         rest = [place for place in await self._places(project) if last is None or place > last]
-        page = rest[: page_size or DEFAULT_PAGE]
+        page = rest[:length]
         models = [await self._model(entry) for entry in [await self._at(place) for place in page] if entry]
         return models, _token(page[-1]) if len(rest) > len(page) else ""
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from services.domain.errors import InvalidSpec
-
-POLYNOMIAL_END_LEARNING_RATE = 1e-7
+from services.domain.training_spec import POLYNOMIAL_END
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +34,8 @@ class LearningRateSchedule:
     def __post_init__(self) -> None:
         if self.name not in _DECAYS:
             raise InvalidSpec(f"must be one of {', '.join(_DECAYS)}", "lr_scheduler")
-        if self.name == "polynomial" and self.peak <= POLYNOMIAL_END_LEARNING_RATE:
-            raise InvalidSpec(
-                f"must be above {POLYNOMIAL_END_LEARNING_RATE} with polynomial decay", "learning_rate"
-            )
+        if self.name == "polynomial" and self.peak <= POLYNOMIAL_END:
+            raise InvalidSpec(f"must be above {POLYNOMIAL_END} with polynomial decay", "learning_rate")
 
     def factor(self, update: int) -> float:
         """Returns the share of the peak at an update (counted from 0), 0..1."""
@@ -76,7 +73,7 @@ def _cosine_with_restarts(schedule: LearningRateSchedule, progress: float) -> fl
 
 
 def _polynomial(schedule: LearningRateSchedule, progress: float) -> float:
-    end = POLYNOMIAL_END_LEARNING_RATE / schedule.peak
+    end = POLYNOMIAL_END / schedule.peak
     return (1.0 - end) * (1.0 - progress) + end
 
 
