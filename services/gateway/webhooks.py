@@ -20,6 +20,8 @@ from services.domain.ports import Clock, JobFeed, JobLog, Revision, SmallLog
 logger = logging.getLogger(__name__)
 
 ID_HEADER = "X-Webhook-Id"
+"""Names the event: the same for every try of it, another for each run of a job."""
+JOB_HEADER = "X-Job-Id"
 SIGNATURE_HEADER = "X-Webhook-Signature"
 TOLD_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.TIMED_OUT})
 """A cancellation is its owner's own doing and is not told."""
@@ -171,7 +173,7 @@ class WebhookSender:
         record = revision.record
         try:
             body = await self._render(revision)
-            headers = self._headers(f"{record.id}.{revision.sequence}", body)
+            headers = self._headers(record.id, revision.sequence, body)
             status = await self._post(record.webhook_url, body, headers, self._policy.timeout_s)
         except LikenessError as error:
             logger.info("webhook not delivered", extra={"job_id": record.id, "detail": str(error)})
@@ -183,8 +185,8 @@ class WebhookSender:
         logger.info("webhook posted", extra=extra)
         return 200 <= status < 300
 
-    def _headers(self, event_id: str, body: bytes) -> dict[str, str]:
-        headers = {ID_HEADER: event_id}
+    def _headers(self, job_id: str, sequence: int, body: bytes) -> dict[str, str]:
+        headers = {ID_HEADER: f"{job_id}.{sequence}", JOB_HEADER: job_id}
         if self._policy.secret:
             digest = hmac.new(self._policy.secret, body, hashlib.sha256).hexdigest()
             headers[SIGNATURE_HEADER] = f"sha256={digest}"

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from services.adapters.clock import RealClock
 from services.adapters.egress import Egress, EgressPolicy
-from services.adapters.memory import ManualClock, MemoryPlatform, RealClock
+from services.adapters.memory import ManualClock, MemoryPlatform
 from services.domain import job as life
 from services.domain.errors import EgressRefused, Unavailable
 from services.domain.job import JobFailure, JobKind, JobRecord, JobRef, Limits
@@ -337,6 +338,7 @@ async def test_the_receiver_gets_the_status_body_with_input_and_webhook(version:
     assert body["output"][0]["image"].startswith("http://likeness.test/files/")
     assert headers["Content-Type"] == "application/json"
     assert headers["X-Webhook-Id"].startswith(job_id + ".")
+    assert headers["X-Job-Id"] == job_id
     assert headers["User-Agent"].startswith("likeness")
     assert "Authorization" not in headers
 
