@@ -1,11 +1,13 @@
 """Epoch lists, geometry and the latent cache."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from services.trainer.data import (
     Concept,
@@ -15,7 +17,9 @@ from services.trainer.data import (
     Picture,
     PictureReader,
     Use,
+    centre_offset,
     fingerprint,
+    random_offset,
     resize_shorter_side,
 )
 from tests.unit.trainer.harness import column_coded, make_concept
@@ -95,6 +99,19 @@ def test_instance_samples_are_paired_with_class_pictures_of_their_concept() -> N
     )
 
 
+def test_the_concept_seed_drives_the_order_of_its_class_pictures() -> None:
+    concept = listed(6, 6)
+    reseeded = Concept(
+        *(
+            tuple(replace(p, seed=8) for p in part)
+            for part in (concept.instance_pictures, concept.class_pictures)
+        )
+    )
+    usual, other = plan_of(concept).epoch(0), plan_of(reseeded).epoch(0)
+    assert names(usual) == names(other)
+    assert class_names(usual) != class_names(other)
+
+
 def test_concepts_have_shares_in_proportion_to_their_pictures() -> None:
     pairs = plan_of(listed(2, 0, 0), listed(6, 0, 1)).epoch(0)
     assert Counter(pair.instance.picture.concept for pair in pairs) == {0: 2, 1: 6}
@@ -127,6 +144,25 @@ def test_the_fingerprint_follows_contents_prompts_and_order(tmp_path: Path) -> N
 )
 def test_the_shorter_side_becomes_the_resolution(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert resize_shorter_side(column_coded(*size), 16).size == expected
+
+
+def test_shrinking_mixes_pixels_instead_of_leaving_some_out() -> None:
+    chequered = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    small = np.asarray(resize_shorter_side(Image.fromarray(np.stack([chequered] * 3, axis=-1)), 16))
+    assert np.abs(small.astype(int) - 127).max() < 20
+
+
+@pytest.mark.parametrize(("size", "expected"), [((64, 16), (24, 0)), ((16, 64), (0, 24)), ((16, 16), (0, 0))])
+def test_the_middle_square_is_in_the_middle_of_either_side(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert centre_offset(size, 16) == expected
+
+
+def test_random_squares_of_a_picture_that_is_free_both_ways_move_independently() -> None:
+    offsets = [random_offset((40, 40), 16, Use(picture("0/i0"), epoch, 0)) for epoch in range(50)]
+    assert len({left for left, _ in offsets}) > 10
+    assert sum(left == top for left, top in offsets) < 15
 
 
 def wide_picture(tmp_path: Path) -> Picture:
