@@ -240,7 +240,8 @@ class ChildProcess:
         if self.running:
             self.terminate()
             try:
-                await asyncio.wait_for(self._process.wait(), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await self._process.wait()
             except TimeoutError:
                 self.kill()
         status = await self.wait()

@@ -1,20 +1,20 @@
 """The ports of the job core in memory, one process, nothing stored: for tests, and for trying things out.
 
 :class:`MemoryPlatform` holds one log and offers it through the same attributes as its real twin, the
-JetStreamPlatform: `job_log`, `job_feed`, `beats`, `progress`, `small`. Both pass the same conformance suite. Two
-clocks are here too: the real one, and one that moves only when told.
+JetStreamPlatform: `job_log`, `job_feed`, `beats`, `progress`, `small`. Both pass the same conformance suite. A clock
+that moves only when told is here too.
 """
 
 import asyncio
 import heapq
 import json
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Final, Self
 
+from services.adapters.clock import RealClock
 from services.adapters.job_headers import RESTING_STATES, headline
 from services.domain.errors import Conflict, InvalidSpec, QueueFull, Unavailable
 from services.domain.job import ID_PATTERN, MAX_RECORD_BYTES, JobKind, JobRecord, JobRef
@@ -24,22 +24,6 @@ ADMISSION_SHARE: Final = 0.8
 """Share of the log's room that new jobs may fill; the rest is for running jobs to end in."""
 
 MAX_PROGRESS_PER_JOB: Final = 500
-
-
-class RealClock:
-    """The machine's own time."""
-
-    def now_ms(self) -> int:
-        """Milliseconds since 1970."""
-        return time.time_ns() // 1_000_000
-
-    def monotonic(self) -> float:
-        """Seconds that never jump."""
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        """Waits."""
-        await asyncio.sleep(seconds)
 
 
 class ManualClock:

@@ -11,12 +11,12 @@ import uvicorn
 from likeness.access.v1.access_service_pb2_grpc import AccessServiceStub
 from likeness.training.v1.training_service_pb2_grpc import TrainingServiceStub
 
+from services.adapters.clock import RealClock
 from services.adapters.egress import Egress, EgressPolicy
 from services.adapters.grpc_client import Channel, is_serving
 from services.adapters.grpc_server import notify_ready
 from services.adapters.jetstream import JetStreamPlatform
 from services.adapters.job_platform import open_platform
-from services.adapters.memory import RealClock
 from services.adapters.settings import GatewaySettings
 from services.adapters.storage_client import StorageClient
 from services.domain.ports import Revision

@@ -17,7 +17,8 @@ async def get(address: str, path: str, *, timeout_s: float = 2.0) -> tuple[int, 
         Status and body; status 0 when nobody answers HTTP there in time.
     """
     try:
-        return await asyncio.wait_for(_get(address, path), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await _get(address, path)
     except (OSError, TimeoutError, ValueError, IndexError):
         return 0, b""
 

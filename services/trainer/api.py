@@ -7,10 +7,10 @@ from likeness.inference.v1.inference_service_pb2_grpc import InferenceServiceStu
 from likeness.training.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from likeness.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
+from services.adapters.clock import RealClock
 from services.adapters.grpc_client import Channel
 from services.adapters.grpc_server import GrpcServer
 from services.adapters.job_platform import open_platform
-from services.adapters.memory import RealClock
 from services.adapters.settings import TrainerApiSettings, load_or_exit
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import configure_logging

@@ -10,9 +10,9 @@ from likeness.storage.v1.model_pb2 import Model
 from likeness.training.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from likeness.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
+from services.adapters.clock import RealClock
 from services.adapters.grpc_client import Channel
 from services.adapters.grpc_server import GrpcServer
-from services.adapters.memory import RealClock
 from services.domain.errors import NotFound
 from services.domain.job import JobKind
 from services.inference.servicer import InferenceServicer

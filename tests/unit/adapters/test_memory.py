@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from services.adapters.memory import ManualClock, MemoryPlatform, RealClock
+from services.adapters.clock import RealClock
+from services.adapters.memory import ManualClock, MemoryPlatform
 from services.domain import job
 from services.domain.errors import QueueFull, Unavailable
 from services.domain.job import JobKind, JobRecord, JobRef, Limits

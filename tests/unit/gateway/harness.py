@@ -25,10 +25,11 @@ from likeness.training.v1.training_service_pb2_grpc import (
     add_TrainingServiceServicer_to_server,
 )
 
+from services.adapters.clock import RealClock
 from services.adapters.egress import Egress
 from services.adapters.grpc_client import Channel
 from services.adapters.grpc_server import GrpcServer
-from services.adapters.memory import MemoryPlatform, RealClock
+from services.adapters.memory import MemoryPlatform
 from services.adapters.storage_client import StorageClient
 from services.domain import job as life
 from services.domain.errors import NotFound, Unauthenticated, Unavailable
