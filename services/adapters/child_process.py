@@ -265,7 +265,9 @@ class ChildProcess:
             while line := await self._reader.readline():
                 self._last_event = asyncio.get_running_loop().time()
                 self._events.put_nowait(json.loads(line))
-        except (ValueError, ConnectionError) as error:
+        except ConnectionError:  # it ended with commands unread; how it ended is told by its exit
+            self._signal(signal.SIGKILL)
+        except ValueError as error:
             logger.error("child's events cannot be read", extra={"child": self.name, "detail": repr(error)})
             self._signal(signal.SIGKILL)
         finally:

@@ -174,6 +174,19 @@ async def test_a_child_that_talks_nonsense_is_killed(start: Start) -> None:
         await anext(events)
 
 
+async def test_a_child_that_is_killed_with_commands_unread_logs_no_fault(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    child, events = await start()
+    await anext(events)
+    await child.send({"do": "poll"})
+    await asyncio.sleep(0.1)
+    await child.send({"do": "echo", "text": "never read"})
+    child.kill()
+    assert [event async for event in events] == []
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_stop_ends_a_child_that_ignores_sigterm_and_what_it_started(start: Start) -> None:
     child, events = await start()
     await anext(events)
