@@ -30,6 +30,9 @@ MAX_WHY_BYTES: Final = 500
 MAX_REMARKS: Final = 20
 MAX_REMARK_CHARS: Final = 200
 MAX_REMARKS_BYTES: Final = 3 * 1024
+SHORTEST_RETENTION_MS: Final = 1_000
+LONGEST_RETENTION_MS: Final = 30 * 24 * 3600 * 1000
+RETENTION_WORDS: Final = "1 s to 30 days"
 
 
 class JobKind(StrEnum):

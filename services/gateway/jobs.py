@@ -18,6 +18,7 @@ from likeness.training.v1 import training_service_pb2 as pb
 
 from services.adapters.telemetry import current_trace
 from services.domain.errors import LikenessError, NotFound, QueueFull, Unavailable, WrongState
+from services.domain.job import LONGEST_RETENTION_MS
 from services.gateway.dialects.base import FINAL_STATES, Submission
 from services.gateway.limits import QueueLimit
 
@@ -34,7 +35,6 @@ ANSWER_MARGIN_S = 0.1
 """A held request is answered at the end of its wait, not after it: the last read needs this much."""
 PURGES_AT_ONCE = 16
 QUEUE_FIGURES_S = 1.0
-LONGEST_KEEP_MS = 30 * 24 * 3600 * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Jobs:
             WrongState: it has not ended.
         """
         request = pb.ShortenTrainingJobRetentionRequest(job_id=job_id, project_id=origin.project)
-        request.keep_for.FromMilliseconds(min(keep_ms, LONGEST_KEEP_MS))
+        request.keep_for.FromMilliseconds(min(keep_ms, LONGEST_RETENTION_MS))
         await self._training.ShortenTrainingJobRetention(request, timeout=CALL_TIMEOUT_S)
 
     async def retry(self, origin: Origin, job_id: str) -> training_job_pb2.TrainingJob:

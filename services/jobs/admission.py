@@ -37,7 +37,7 @@ DAY_MS: Final = 24 * 3600 * 1000
 _SPANS: Final = {
     "execution_timeout": (5_000, 7 * DAY_MS, "5 s to 7 days"),
     "ttl": (10_000, 7 * DAY_MS, "10 s to 7 days"),
-    "retention": (1_000, 30 * DAY_MS, "1 s to 30 days"),
+    "retention": (life.SHORTEST_RETENTION_MS, life.LONGEST_RETENTION_MS, life.RETENTION_WORDS),
 }
 _RANKS: Final = {
     JobPriority.JOB_PRIORITY_UNSPECIFIED: life.PRIORITY_NORMAL,

@@ -1,7 +1,6 @@
 """TrainingService over gRPC: thin above the job core. Resolves what is asked for, and shows records as trainings."""
 
 from collections.abc import AsyncIterator, Collection
-from typing import Final
 
 import grpc
 from likeness.job.v1.job_pb2 import JobState as WireState
@@ -10,16 +9,13 @@ from likeness.training.v1.training_job_pb2 import TrainingJob, TrainingSpec
 from likeness.training.v1.training_service_pb2_grpc import TrainingServiceServicer
 
 from services.domain.errors import InvalidSpec
-from services.domain.job import JobKind, JobRef
+from services.domain.job import LONGEST_RETENTION_MS, RETENTION_WORDS, SHORTEST_RETENTION_MS, JobKind, JobRef
 from services.domain.ports import Revision
 from services.domain.training_spec import resolve_training_spec
 from services.jobs.admission import Application
 from services.jobs.core import JobCore
 from services.jobs.views import queue_status, states_of
 from services.trainer.support import check_supported
-
-KEEP_AT_LEAST_MS: Final = 1_000
-KEEP_AT_MOST_MS: Final = 30 * 24 * 3600 * 1000
 
 
 class TrainingServicer(TrainingServiceServicer):
@@ -108,8 +104,8 @@ class TrainingServicer(TrainingServiceServicer):
     ) -> pb.ShortenTrainingJobRetentionResponse:
         """Lets an ended training go earlier than its policy says, never later."""
         keep_ms = request.keep_for.ToMilliseconds()
-        if not KEEP_AT_LEAST_MS <= keep_ms <= KEEP_AT_MOST_MS:
-            raise InvalidSpec("must be 1 s to 30 days", "keep_for")
+        if not SHORTEST_RETENTION_MS <= keep_ms <= LONGEST_RETENTION_MS:
+            raise InvalidSpec(f"must be {RETENTION_WORDS}", "keep_for")
         ref = _ref(request.project_id, request.job_id)
         revision = await self._core.admission.shorten_retention(ref, self._core.records.now_ms() + keep_ms)
         return pb.ShortenTrainingJobRetentionResponse(job=await self._shown(revision))
