@@ -174,6 +174,8 @@ class DrawingSession:
         except Exception as error:
             self._fail(slot.job, error)
             return
+        if drawn.is_black:
+            request.warnings.append(f"picture {slot.number + 1} is black all over")
         facts = asdict(drawn) | {"path": str(path), "seed": slot.drawing.seed, "number": slot.number}
         self._emit({"event": "drawn", "job": slot.job} | facts)
         request.device_s += slot.device_s

@@ -89,15 +89,19 @@ class Engine:
         return [slot for slot in waiting if slot.key == waiting[0].key][: self._batch_cap]
 
     def _run(self, batch: list[Slot], result: Tick) -> None:
+        started = time.perf_counter()
         try:
-            self._step(batch)
+            prediction = predict(batch[0].components, [slot.row for slot in batch], _batched_context(batch))
         except torch.AcceleratorError:
             raise  # The device's context is broken: only a new process helps.
         except Exception as error:
             self._handle(error, batch, result)
-        else:
-            result.stepped.extend(batch)
-            result.finished.extend(slot for slot in batch if slot.is_finished)
+            return
+        for number, slot in enumerate(batch):
+            self._move_on(slot, prediction[number :: len(batch)], result)
+        share_s = (time.perf_counter() - started) / len(batch)
+        for slot in batch:
+            slot.device_s += share_s
 
     def _handle(self, error: Exception, batch: list[Slot], result: Tick) -> None:
         memory_error = as_device_memory_error(error)
@@ -111,17 +115,20 @@ class Engine:
         _log.error("a denoising step failed", exc_info=error)
         result.failed.extend((slot, memory_error or error) for slot in batch)
 
-    def _step(self, batch: list[Slot]) -> None:
-        started = time.perf_counter()
-        prediction = predict(batch[0].components, [slot.row for slot in batch], _batched_context(batch))
-        for number, slot in enumerate(batch):
-            own = prediction[number :: len(batch)]
-            guided = guide(own, slot.drawing.guidance_scale, slot.drawing.guidance_rescale)
+    def _move_on(self, slot: Slot, prediction: Tensor, result: Tick) -> None:
+        """Makes one slot's own step; a fault in it is that slot's alone, as the others' steps are not made twice."""
+        try:
+            guided = guide(prediction, slot.drawing.guidance_scale, slot.drawing.guidance_rescale)
             slot.latents = slot.sampler.step(guided, slot.done, slot.latents)
-            slot.done += 1
-        share_s = (time.perf_counter() - started) / len(batch)
-        for slot in batch:
-            slot.device_s += share_s
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            self._handle(error, [slot], result)
+            return
+        slot.done += 1
+        result.stepped.append(slot)
+        if slot.is_finished:
+            result.finished.append(slot)
 
 
 def _batched_context(batch: list[Slot]) -> Tensor:

@@ -26,6 +26,7 @@ class Drawn:
 
     Attributes:
         digest: SHA-256 of the file, lower-case hexadecimal.
+        is_black: every pixel is.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Drawn:
     size_bytes: int
     width_px: int
     height_px: int
+    is_black: bool
 
 
 def finish(slot: Slot, path: Path, image_format: int = pb.IMAGE_FORMAT_PNG) -> Drawn:
@@ -55,7 +57,9 @@ def finish(slot: Slot, path: Path, image_format: int = pb.IMAGE_FORMAT_PNG) -> D
     content, media_type = encode_image(image, image_format)
     path.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    return Drawn(path, media_type, digest, len(content), width_px, height_px)
+    return Drawn(
+        path, media_type, digest, len(content), width_px, height_px, is_black=image.getbbox() is None
+    )
 
 
 def encode_image(image: Image.Image, image_format: int = pb.IMAGE_FORMAT_PNG) -> tuple[bytes, str]:

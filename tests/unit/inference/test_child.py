@@ -10,9 +10,11 @@ from google.protobuf.json_format import MessageToDict
 from likeness.inference.v1 import generation_job_pb2 as pb
 
 from services.adapters.child_process import ChildProcess
+from services.diffusion.drawing import decode
 from services.domain.errors import OutOfDeviceMemory
 from services.inference import child as child_module
 from services.inference import engine as engine_module
+from services.inference import stages
 from services.inference.child import DrawingSession, memory_budget_bytes, serve
 from services.inference.engine import Engine
 from services.inference.model_cache import ModelCache
@@ -196,6 +198,22 @@ def test_prompt_that_is_cut_ends_in_the_warnings(
     recorder.session.handle(draw_command(model_command, tmp_path, spec=spec))
     recorder.run()
     assert "too long" in recorder.of("finished", "j1")[0]["warnings"][0]
+
+
+def test_black_picture_is_delivered_with_a_warning(
+    recorder: Recorder, model_command: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[torch.Tensor] = []
+
+    def decode_second_black(components: Any, latents: torch.Tensor) -> torch.Tensor:
+        decoded.append(decode(components, latents))
+        return decoded[-1] * (len(decoded) == 1)
+
+    monkeypatch.setattr(stages, "decode", decode_second_black)
+    recorder.session.handle(draw_command(model_command, tmp_path))
+    recorder.run()
+    assert len(recorder.of("drawn", "j1")) == 2
+    assert recorder.of("finished", "j1")[0]["warnings"] == ["picture 2 is black all over"]
 
 
 def test_model_can_be_loaded_ahead(recorder: Recorder, model_command: dict[str, Any], tmp_path: Path) -> None:

@@ -161,6 +161,25 @@ def test_picture_that_does_not_fit_alone_fails_with_the_reason(
     assert engine.is_idle
 
 
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("out of memory"), ValueError("a bad step")])
+def test_fault_in_one_slots_own_step_is_its_own_and_moves_no_neighbour_twice(
+    fault: Exception, components: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise fault
+
+    first, faulty, last = slots = slots_of(components, [replace(BASE, seed=seed) for seed in range(3)])
+    monkeypatch.setattr(faulty.sampler.scheduler, "step", broken)
+    engine = Engine(3)
+    engine.add(slots)
+    tick = engine.tick()
+    assert [slot for slot, _ in tick.failed] == [faulty]
+    assert tick.stepped == [first, last]
+    assert run(engine) == [first, last]
+    for slot in (first, last):
+        assert_same_picture(slot)
+
+
 def test_tick_of_an_idle_engine_does_nothing() -> None:
     tick = Engine(2).tick()
     assert (tick.stepped, tick.finished, tick.failed) == ([], [], [])
