@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from services.domain.errors import Conflict, LikenessError
+from services.domain.errors import OUTAGES, Conflict, LikenessError
 from services.domain.job import JobKind, JobRecord, JobRef, JobState
 from services.domain.ports import Clock, JobFeed, JobLog, Revision, SmallLog
 
@@ -146,7 +146,7 @@ class WebhookSender:
         claimed = await self._hooks.write_hook(ref.project, ref.id, claim, expected)
         async with self._gate:
             delivered = await self._try(revision)
-        after = self._after(revision, tries + 1, delivered)
+        after = self._after(revision, tries + (delivered is not None), bool(delivered))
         await self._hooks.write_hook(ref.project, ref.id, after, claimed)
         return True
 
@@ -168,12 +168,25 @@ class WebhookSender:
             return self._cursor(revision.sequence + 1, 0, 0)
         return self._cursor(revision.sequence, tries, self._policy.pause_s)
 
-    async def _try(self, revision: Revision) -> bool:
-        """Posts one event once; true when it was taken."""
+    async def _try(self, revision: Revision) -> bool | None:
+        """Posts one event once; true when it was taken, None when there was nothing to post yet.
+
+        The receiver is not to miss an event because a service of this side was away when it was due.
+        """
         record = revision.record
         try:
             body = await self._render(revision)
-            headers = self._headers(record.id, revision.sequence, body)
+        except OUTAGES as error:
+            logger.info("webhook waits", extra={"job_id": record.id, "detail": str(error)})
+            return None
+        except Exception:
+            logger.exception("webhook failed", extra={"job_id": record.id})
+            return False
+        return await self._posted(record, revision.sequence, body)
+
+    async def _posted(self, record: JobRecord, sequence: int, body: bytes) -> bool:
+        try:
+            headers = self._headers(record.id, sequence, body)
             status = await self._post(record.webhook_url, body, headers, self._policy.timeout_s)
         except LikenessError as error:
             logger.info("webhook not delivered", extra={"job_id": record.id, "detail": str(error)})

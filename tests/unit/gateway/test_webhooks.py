@@ -17,7 +17,7 @@ from services.adapters.clock import RealClock
 from services.adapters.egress import Egress, EgressPolicy
 from services.adapters.memory import ManualClock, MemoryPlatform
 from services.domain import job as life
-from services.domain.errors import EgressRefused, Unavailable
+from services.domain.errors import DeadlineExceeded, EgressRefused, Unavailable
 from services.domain.job import JobFailure, JobKind, JobRecord, JobRef, Limits
 from services.domain.ports import Revision
 from services.gateway.webhooks import WebhookPolicy, WebhookSender
@@ -47,16 +47,18 @@ class Post:
         return [headers["X-Webhook-Id"] for _, _, headers in self.got]
 
 
-async def render(revision: Revision) -> bytes:
-    return json.dumps({"state": revision.record.state, "round": revision.record.round}).encode()
-
-
 class Log:
     """A job log to write events into."""
 
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.platform = MemoryPlatform(self.clock)
+        self.faults: list[Exception] = []
+
+    async def render(self, revision: Revision) -> bytes:
+        if self.faults:
+            raise self.faults.pop()
+        return json.dumps({"state": revision.record.state, "round": revision.record.round}).encode()
 
     async def admit(
         self, ref: JobRef = REF, webhook: str = "https://h.example.org/x", dialect: str = "runpod"
@@ -87,7 +89,7 @@ class Log:
             hooks=self.platform.small,
             clock=self.clock,
             post=post,
-            render=render,
+            render=self.render,
             dialects=frozenset({"runpod"}),
             policy=WebhookPolicy(**policy),
             name=name,
@@ -250,6 +252,19 @@ async def test_a_job_log_that_is_away_only_delays() -> None:
         log.platform.down = False
         await log.clock.advance(30)
     assert len(post.got) == 1
+
+
+@pytest.mark.parametrize("outage", [Unavailable("storage is away"), DeadlineExceeded("storage is frozen")])
+async def test_an_outage_on_this_side_costs_no_try(outage: Exception) -> None:
+    log, post = Log(), Post()
+    log.faults = [outage] * 10
+    async with log.sender(post):
+        await log.admit()
+        sequence = await log.fail()
+        await log.clock.advance(95)
+        assert post.got == []
+        await log.clock.advance(30)
+    assert post.ids == [f"j.{sequence}"]
 
 
 async def test_a_secret_signs_the_body() -> None:
