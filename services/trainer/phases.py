@@ -396,13 +396,14 @@ class TrainingLeader:
 
     async def _report(self, revision: Revision, done: int, total: int) -> None:
         record = revision.record
-        body = {
-            "stage": f"JOB_STAGE_{record.stage.value}",
-            "step": done,
-            "total_steps": total,
-            "fraction": life.whole_fraction(record.stage, done, total),
-        }
-        await self._progress.publish_progress(record.project, record.id, body)
+        progress = job_pb2.Progress(
+            stage=f"JOB_STAGE_{record.stage.value}",
+            step=done,
+            total_steps=total,
+            fraction=life.whole_fraction(record.stage, done, total),
+        )
+        progress.report_time.FromMilliseconds(self._log.now_ms())
+        await self._progress.publish_progress(record.project, record.id, _to_json(progress))
 
 
 @dataclass(frozen=True, slots=True)

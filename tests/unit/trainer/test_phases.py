@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from services.domain.errors import (
 )
 from services.domain.job import JobKind, JobRef, JobState, Limits, Phase, Stage
 from services.domain.ports import Revision
+from services.jobs.views import latest_progress
 from services.trainer.drawings import ClassImages, child_id, runs_of
 from services.trainer.phases import ATTEMPTS, CLASS_DATA_IGNORED, Siblings, TrainingLeader
 
@@ -267,6 +269,17 @@ async def test_finish_draws_proof_and_samples_and_ends_the_job() -> None:
     assert {spec.model for spec in house.inference.specs} == {REF.id}
     stages = [Stage.DEPLOYING, Stage.SAMPLING]
     assert record.stage == stages[-1]
+
+
+async def test_numbers_of_a_phase_are_not_taken_for_those_of_the_next_run() -> None:
+    house = House(a_spec_with_samples())
+    await house.leader.lead(await trained(house))
+    record = (await house.read()).record
+    again = replace(record, times=replace(record.times, queued=house.platform.job_log.now_ms() + 1))
+    shown = await latest_progress(house.platform.progress, record)
+    assert shown is not None
+    assert (shown.step, shown.total_steps) == (2, 2)
+    assert await latest_progress(house.platform.progress, again) is None
 
 
 async def test_a_second_leader_asks_for_the_same_drawings() -> None:
