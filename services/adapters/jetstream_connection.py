@@ -218,7 +218,8 @@ class Connection:
         if error is None:
             return answer
         code, err_code = int(error.get("code", 0)), int(error.get("err_code", 0))
-        if code == 503 and not err_code:  # a change of leaders: the request may have been passed on
+        # A change of leaders, or a server that is starting: the request may have been passed on.
+        if code == 503 and err_code != STREAM_FULL:
             raise NoAnswer(str(error))
         raise Refused(code, err_code, str(error.get("description", "")))
 

@@ -48,10 +48,12 @@ class JetStreamBeatFeed:
 
 
 def _beat_of(data: bytes) -> Beat:
+    """Reads a beat; unknown keys are a newer version's."""
     raw = json.loads(data)
     jobs = tuple((project, job_id, epoch) for project, job_id, epoch in raw["jobs"])
     models = tuple(raw["warm_models"])
-    return Beat(**raw | {"kind": JobKind(raw["kind"]), "jobs": jobs, "warm_models": models})
+    known = {name: value for name, value in raw.items() if name in Beat.__dataclass_fields__}
+    return Beat(**known | {"kind": JobKind(raw["kind"]), "jobs": jobs, "warm_models": models})
 
 
 class JetStreamProgressLog:
