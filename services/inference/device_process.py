@@ -76,13 +76,14 @@ class DeviceProcess:
         Raises:
             ChildDied: several died before they had it.
         """
-        waiting = asyncio.create_task(self._ready.wait())
-        try:
-            await asyncio.wait({waiting, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        if self._supervisor.done():
-            await self._supervisor
+        while not self._ready.is_set():  # it may have died again before this task's turn came
+            waiting = asyncio.create_task(self._ready.wait())
+            try:
+                await asyncio.wait({waiting, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+            if self._supervisor.done():
+                await self._supervisor
 
     async def run(self) -> None:
         """Waits as long as the child can be kept running.
