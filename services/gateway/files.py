@@ -3,11 +3,12 @@
 A link is a capability: whoever has it may read the file until it expires. It is never logged.
 """
 
+import asyncio
 import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -16,10 +17,12 @@ from likeness.storage.v1.artifact_pb2 import Blob
 
 from services.adapters.storage_client import StorageClient
 from services.domain.artifacts import media_type_of
-from services.domain.errors import InvalidSpec, NotFound
+from services.domain.errors import InvalidSpec, NotFound, Unavailable
 from services.gateway.dialects.base import File
 
 REMEMBERED_LINKS = 20_000
+STORAGE_TIMEOUT_S = 2.5
+"""Clients give up after 3 s. What was linked until then is remembered, so that the next request gets further."""
 RENEW_SHARE = 0.5
 """A remembered link is handed out until this share of its life is over."""
 
@@ -43,12 +46,16 @@ class Links:
             project: their owner.
             files: what is to be linked.
             base_url: scheme and host that the addresses begin with.
+
+        Raises:
+            Unavailable: storage does not answer.
         """
         found = {}
-        for file in files:
-            path = await self._path(project, file)
-            if path:
-                found[file.key] = base_url + path
+        async with _answer_of_storage():
+            for file in files:
+                path = await self._path(project, file)
+                if path:
+                    found[file.key] = base_url + path
         return found
 
     async def _path(self, project: str, file: File) -> str:
@@ -64,6 +71,15 @@ class Links:
         while len(self._known) > REMEMBERED_LINKS:
             self._known.popitem(last=False)
         return link.path
+
+
+@asynccontextmanager
+async def _answer_of_storage() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(STORAGE_TIMEOUT_S):
+            yield
+    except TimeoutError as error:
+        raise Unavailable("storage does not answer") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +111,7 @@ async def open_file(
 
     Raises:
         NotFound: the link is wrong or has expired, or the file is gone.
+        Unavailable: storage does not answer.
     """
     blob = await _describe(storage, token, name)
     headers = _headers(blob, name)
@@ -115,9 +132,10 @@ async def open_file(
 async def _describe(storage: StorageClient, token: str, name: str) -> Blob:
     """What lies behind a link. The short answer is read to its end: breaking it off would cost storage more."""
     found: Blob | None = None
-    async for response in storage.read_file(token, name, limit=1):
-        if found is None:
-            found = Blob.FromString(response.blob.SerializeToString())
+    async with _answer_of_storage():
+        async for response in storage.read_file(token, name, limit=1):
+            if found is None:
+                found = Blob.FromString(response.blob.SerializeToString())
     if found is None:
         raise NotFound("no such file")
     return found

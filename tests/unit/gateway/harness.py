@@ -89,8 +89,10 @@ class FakeStorage(StorageServiceServicer):
         self.blobs: dict[str, bytes] = {}
         self.links: dict[tuple[str, str], str] = {}
         self.down = False
+        self.slow_s = 0.0
 
     async def CreateFileLink(self, request: Any, context: Any) -> storage_pb.CreateFileLinkResponse:
+        await asyncio.sleep(self.slow_s)
         if self.down:
             raise Unavailable("storage is away")
         if request.key not in self.blobs:
@@ -104,6 +106,7 @@ class FakeStorage(StorageServiceServicer):
         return response
 
     async def ReadFile(self, request: Any, context: Any) -> AsyncIterator[storage_pb.ReadFileResponse]:
+        await asyncio.sleep(self.slow_s)
         key = self.links.get((request.token, request.file_name), "")
         if key not in self.blobs:
             raise NotFound("no such link")

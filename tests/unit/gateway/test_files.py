@@ -2,6 +2,7 @@
 
 import pytest
 
+from services.gateway import files
 from tests.unit.gateway.harness import World
 
 DATA = bytes(range(256)) * 20
@@ -83,6 +84,18 @@ async def test_an_unknown_or_expired_link_is_not_found(world: World, path: str) 
     for wrong in ("/files/other/0-0.png", "/files/secret-token/0-1.png"):
         answer = await world.call("GET", wrong, None)
         assert (answer.status_code, answer.json()) == (404, {"error": "file not found"})
+
+
+async def test_a_storage_that_hangs_is_503_and_not_a_request_that_hangs(
+    world: World, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "STORAGE_TIMEOUT_S", 0.1)
+    job_id = await world.submit()
+    await world.succeed(job_id)
+    world.storage.slow_s = 5.0
+    for wanted in (path, f"/v2/dream-booth-v1/status/{job_id}"):
+        answer = await world.call("GET", wanted)
+        assert (answer.status_code, answer.json()) == (503, {"error": "service unavailable"})
 
 
 async def test_the_token_is_never_logged(world: World, path: str, caplog: pytest.LogCaptureFixture) -> None:
