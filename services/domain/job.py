@@ -55,6 +55,8 @@ class JobState(StrEnum):
 
 
 FINAL_STATES: Final = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.TIMED_OUT})
+TOLD_STATES: Final = FINAL_STATES - {JobState.CANCELLED}
+"""What a webhook tells of; a cancellation is its owner's own doing."""
 RETRYABLE_STATES: Final = frozenset({JobState.FAILED, JobState.TIMED_OUT})
 
 

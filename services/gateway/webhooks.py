@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.domain.errors import OUTAGES, Conflict, LikenessError
-from services.domain.job import JobKind, JobRecord, JobRef, JobState
+from services.domain.job import TOLD_STATES, JobKind, JobRecord, JobRef
 from services.domain.ports import Clock, JobFeed, JobLog, Revision, SmallLog
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ ID_HEADER = "X-Webhook-Id"
 """Names the event: the same for every try of it, another for each run of a job."""
 JOB_HEADER = "X-Job-Id"
 SIGNATURE_HEADER = "X-Webhook-Signature"
-TOLD_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.TIMED_OUT})
-"""A cancellation is its owner's own doing and is not told."""
 POSTS_AT_ONCE = 32
 
 Post = Callable[[str, bytes, Mapping[str, str], float], Awaitable[int]]

@@ -106,7 +106,7 @@ class JobCore:
         self.records = Records(platform.job_log, self.index)
         board = ProgressBoard(platform.progress, clock)
         self.dispatcher = Dispatcher(kind, self.records, platform.beats, board, clock, lease_s=lease_s)
-        removal = Removal(self.records, remove_objects)
+        removal = Removal(self.records, platform.small, remove_objects)
         self.admission = Admission(kind, self.records, platform.small, cached, removal, defaults)
         self.reading = Reading(self.records, platform.progress, clock)
         self.views = Views(cached, platform.progress)

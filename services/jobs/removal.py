@@ -1,5 +1,6 @@
 """Removing ended jobs: strip the record, let storage remove the job's objects, purge the revisions.
 
+A job whose time has come stays until its webhook has been told or given up, since what is told are its revisions.
 The stripped record is written first: from then on the job is gone for its owner and cannot be started again. Its
 last full revision stays in the log until the objects are removed, so that whoever finds the work half done can go on.
 """
@@ -10,8 +11,8 @@ from typing import Final
 
 from services.domain import job as life
 from services.domain.errors import LikenessError, NotFound
-from services.domain.job import JobRecord, JobRef, JobState
-from services.domain.ports import Revision
+from services.domain.job import TOLD_STATES, JobRecord, JobRef, JobState
+from services.domain.ports import Revision, SmallLog
 from services.jobs.index import Line
 from services.jobs.records import Records
 
@@ -22,6 +23,8 @@ TOMBSTONE_MS: Final = 24 * 3600 * 1000
 FOREIGN_MS: Final = 60_000
 """How long another replica gets to end a removal that it began."""
 AGAIN_MS: Final = 30_000
+HOOK_PATIENCE_MS: Final = 3600_000
+"""How long a job waits for its webhook beyond its time, should nobody send any."""
 
 RemoveObjects = Callable[[Revision], Awaitable[None]]
 """Removes what a job owns in storage, given its last full revision; may be called again for the same job."""
@@ -34,9 +37,12 @@ async def nothing_to_remove(revision: Revision) -> None:
 class Removal:
     """Removes jobs of one kind."""
 
-    def __init__(self, records: Records, remove_objects: RemoveObjects = nothing_to_remove) -> None:
-        """Joins the log to the storage of what jobs own."""
+    def __init__(
+        self, records: Records, hooks: SmallLog, remove_objects: RemoveObjects = nothing_to_remove
+    ) -> None:
+        """Joins the log to the cursors of webhooks and the storage of what jobs own."""
         self._records = records
+        self._hooks = hooks
         self._remove_objects = remove_objects
         self._completed: set[JobRef] = set()
 
@@ -82,12 +88,28 @@ class Removal:
             return life.delete(record) if due else record
 
         try:
-            await self._strip_and_complete(await self._records.read(ref), strip_if_due)
+            last = await self._records.read(ref)
+            if await self._owes_word(last.record, now_ms):
+                self._records.index.remind(ref, now_ms + AGAIN_MS)
+                return
+            await self._strip_and_complete(last, strip_if_due)
         except NotFound:
             return
         except LikenessError as error:
             logger.warning("an expired job was not removed", extra={"job_id": ref.id, "detail": str(error)})
             self._records.index.remind(ref, now_ms + AGAIN_MS)
+
+    async def _owes_word(self, record: JobRecord, now_ms: int) -> bool:
+        """Whether a webhook is still to be told of the job."""
+        if not record.webhook_url or now_ms - record.times.keep_until > HOOK_PATIENCE_MS:
+            return False
+        cursor, _ = await self._hooks.read_hook(record.project, record.id)
+        after = max(0, int(cursor.get("next", 0)) - 1)
+        while (revision := await self._records.log.next_revision(record.ref, after)) is not None:
+            if revision.record.event and revision.record.state in TOLD_STATES:
+                return True
+            after = revision.sequence
+        return False
 
     async def _bury(self, line: Line, now_ms: int) -> None:
         age_ms = now_ms - line.time_ms

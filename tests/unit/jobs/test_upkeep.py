@@ -8,7 +8,7 @@ from services.domain import job as life
 from services.domain.errors import NotFound, Unavailable
 from services.domain.job import JobFailure, JobKind, JobRecord, JobState, Limits, Phase
 from services.domain.ports import Revision
-from services.jobs.removal import TOMBSTONE_MS
+from services.jobs.removal import HOOK_PATIENCE_MS, TOMBSTONE_MS
 from tests.unit.jobs.harness import LEASE_S, beat_of, drawing, make_core, running, settle, take_one, training
 
 
@@ -213,6 +213,40 @@ async def test_an_ended_job_is_removed_after_its_retention(
         await clock.advance(TOMBSTONE_MS / 1000 + 2)
         assert await platform.job_log.read(tombstone.ref) is None
         assert core.index.line(tombstone.ref) is None
+
+
+async def ended_with_a_webhook(platform: MemoryPlatform) -> tuple[JobRecord, int]:
+    options = {"webhook": {"url": "https://h.example.org/x"}}
+    record = drawing("a", limits=Limits(retention_ms=60_000), options=options)
+    now_ms = platform.clock.now_ms()
+    sequence = await platform.job_log.write(record, 0)
+    failed = life.fail(record, JobFailure("X", "x"), now_ms)
+    return record, await platform.job_log.write(failed, sequence)
+
+
+async def test_an_ended_job_stays_until_its_webhook_was_told(
+    platform: MemoryPlatform, clock: ManualClock
+) -> None:
+    record, sequence = await ended_with_a_webhook(platform)
+    core = make_core(platform)
+    async with running(core):
+        # A shorter retention is a revision of its own, of which nobody is told.
+        await core.admission.shorten_retention(record.ref, clock.now_ms() + 30_000)
+        claimed = await platform.small.write_hook("p", "a", {"next": sequence, "tries": 2}, 0)
+        await clock.advance(300)
+        assert (await newest(platform, record)).state is JobState.FAILED
+        await platform.small.write_hook("p", "a", {"next": sequence + 1, "tries": 0}, claimed)
+        await clock.advance(40)
+        assert (await newest(platform, record)).state is JobState.DELETED
+
+
+async def test_an_ended_job_does_not_wait_for_ever_for_somebody_to_tell_its_webhook(
+    platform: MemoryPlatform, clock: ManualClock
+) -> None:
+    record, _ = await ended_with_a_webhook(platform)
+    async with running(make_core(platform)):
+        await clock.advance(60 + HOOK_PATIENCE_MS / 1000 + 60)
+        assert (await newest(platform, record)).state is JobState.DELETED
 
 
 async def test_a_removal_goes_on_when_storage_comes_back(
