@@ -243,8 +243,8 @@ class TrainingLeader:
         for concept, plan in enumerate(plans):
             for first, length in runs_of(plan.missing, min(in_flight, IMAGES_PER_DRAWING)):
                 name = f"class/{concept}/{first}/{length}"
-                images = await self._draw(record, name, plan.class_images.drawing(first, length))
-                for index, image in enumerate(images, start=first):
+                drawn = await self._draw(record, name, plan.class_images.drawing(first, length))
+                for index, image in enumerate(drawn.images, start=first):
                     plan.drawn[index] = await self._keep(record.project, plan.class_images, index, image.key)
                 await counter.add(length)
 
@@ -288,19 +288,21 @@ class TrainingLeader:
         spec = await self._read_spec(record)
         result = json_format.ParseDict(dict(record.trained or {}), training_job_pb2.TrainingResult())
         test = proof_drawing(spec, result, record)
-        [image] = await self._draw(record, "test", test)
+        proof = await self._draw(record, "test", test)
+        [image] = proof.images
         result.test_image.CopyFrom(training_job_pb2.SampleImage(spec=test, image=image))
         if spec.samples and record.stage is not Stage.SAMPLING:
             why = f"drawing {sum(max(1, sample.num_images) for sample in spec.samples)} sample pictures"
             revision = await self._write(revision, life.enter_stage(record, Stage.SAMPLING, why))
-        result.samples.extend(await self._samples(revision, spec, result))
+        await self._add_samples(revision, spec, result)
         document = await self._siblings.storage.upload_document(record.project, _to_json(result))
         done = life.finish(revision.record, None, document.key, self._log.now_ms())
         await self._write(revision, done)
 
-    async def _samples(
+    async def _add_samples(
         self, revision: Revision, spec: training_job_pb2.TrainingSpec, result: training_job_pb2.TrainingResult
-    ) -> list[training_job_pb2.SampleImage]:
+    ) -> None:
+        """Draws the samples; puts them and what was remarked upon in drawing them into the result."""
         record = revision.record
         wanted = [sample_drawing(sample, index, result, record) for index, sample in enumerate(spec.samples)]
         drawn = _Counter(
@@ -310,25 +312,25 @@ class TrainingLeader:
 
         async def draw(
             index: int, drawing: generation_job_pb2.GenerationSpec
-        ) -> list[training_job_pb2.SampleImage]:
-            images = await self._draw(record, f"sample/{index}", drawing)
-            await drawn.add(len(images))
-            for image in images:
+        ) -> generation_job_pb2.GenerationResult:
+            group = await self._draw(record, f"sample/{index}", drawing)
+            await drawn.add(len(group.images))
+            for image in group.images:
                 await self._progress.publish_progress(record.project, record.id, {"image_key": image.key})
-            return [
-                training_job_pb2.SampleImage(sample_index=index, spec=drawing, image=image)
-                for image in images
-            ]
+            return group
 
         groups = await _all_of([draw(index, drawing) for index, drawing in enumerate(wanted)])
-        return [image for group in groups for image in group]
+        for index, (drawing, group) in enumerate(zip(wanted, groups, strict=True)):
+            for image in group.images:
+                result.samples.add(sample_index=index, spec=drawing, image=image)
+            result.warnings.extend(f"sample {index + 1}: {warning}" for warning in group.warnings)
 
     # -- drawings --------------------------------------------------------------------------------------------
 
     async def _draw(
         self, record: JobRecord, name: str, spec: generation_job_pb2.GenerationSpec
-    ) -> list[generation_job_pb2.GeneratedImage]:
-        """Has pictures drawn by a job with an id fixed by parent, run and name; returns them in order."""
+    ) -> generation_job_pb2.GenerationResult:
+        """Has pictures drawn by a job with an id fixed by parent, run and name; they come in order."""
         job_id = child_id(record, name)
         options = job_pb2.JobOptions(policy=job_pb2.JobPolicy(priority=job_pb2.JOB_PRIORITY_HIGH))
         request = inference_service_pb2.CreateGenerationJobRequest(
@@ -345,7 +347,7 @@ class TrainingLeader:
         if job.state != job_pb2.JOB_STATE_SUCCEEDED:
             cause = job.error.message or f"the drawing ended {job_pb2.JobState.Name(job.state)}"
             raise BadInput(f"a picture of this job could not be drawn: {cause}")
-        return list(job.result.images)
+        return job.result
 
     async def _ended(self, project: str, job_id: str) -> generation_job_pb2.GenerationJob:
         """Waits until a drawing has ended, through restarts of the inference api."""

@@ -113,7 +113,9 @@ class FakeInference:
             job_id=request.job_id,
             spec=request.spec,
             state=job_pb2.JOB_STATE_FAILED if request.spec.prompt in self.failing else self.state,
-            result=generation_job_pb2.GenerationResult(images=images),
+            result=generation_job_pb2.GenerationResult(
+                images=images, warnings=["all of it is sea"] if "at sea" in request.spec.prompt else []
+            ),
             parent_job_id=request.parent_job_id,
         )
 
@@ -266,6 +268,7 @@ async def test_finish_draws_proof_and_samples_and_ends_the_job() -> None:
     assert [sample.image.seed for sample in result.samples][:2] == [11, 12]
     assert 0 <= result.samples[2].image.seed <= 65535
     assert result.test_image.image.key == "photo of sks dog#100"
+    assert list(result.warnings) == ["sample 2: all of it is sea"]
     assert {spec.model for spec in house.inference.specs} == {REF.id}
     stages = [Stage.DEPLOYING, Stage.SAMPLING]
     assert record.stage == stages[-1]
