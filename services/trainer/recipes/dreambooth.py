@@ -30,6 +30,7 @@ from transformers import CLIPTextModel
 
 from services.diffusion.exporting import save_model_index, save_text_encoder, save_unet, save_vae
 from services.diffusion.loading import load_components, open_model
+from services.domain.errors import BadInput
 from services.trainer import checkpoint as checkpoints
 from services.trainer.conditioning import TextConditioner, posterior_encoder
 from services.trainer.data import Concept, EpochPlan, LatentSource, Pair, PictureReader, Use, fingerprint
@@ -184,6 +185,10 @@ def train(run: Run, observer: Observer) -> Outcome:
                 ]
                 instance_total = sum(batch.num_instance for batch in batches)
                 class_total = sum(len(batch.prompts) - batch.num_instance for batch in batches)
+                if not instance_total:
+                    _check_any_usable(concepts, latents.unusable)
+                    counters.pass_over()
+                    continue
                 set_learning_rates(optimizer, [rate.learning_rate(update) for rate in rates])
                 optimizer.zero_grad(set_to_none=True)
                 torch.manual_seed(library_seed(spec.seed, Purpose.DROPOUT, update))
@@ -212,7 +217,7 @@ def train(run: Run, observer: Observer) -> Outcome:
                 loss_value, norm_value = float(loss), float(norm)
 
                 # Only finite gradients reach the weights.
-                finite = instance_total > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
+                finite = math.isfinite(loss_value) and math.isfinite(norm_value)
                 if finite:
                     watched = update % WATCHED_EVERY == 0
                     if watched:
@@ -328,6 +333,12 @@ def _collate(
     )
 
 
+def _check_any_usable(concepts: Iterable[Concept], unusable: Iterable[str]) -> None:
+    instances = {picture.sample_id for concept in concepts for picture in concept.instance_pictures}
+    if instances <= set(unusable):
+        raise BadInput("the model's autoencoder can encode none of the pictures")
+
+
 def _encoded(uses: Iterable[Use], latents: LatentSource) -> list[tuple[Use, torch.Tensor]]:
     drawn = [(use, latents.latents(use)) for use in uses]
     return [(use, z0) for use, z0 in drawn if z0 is not None]
@@ -358,6 +369,11 @@ class _Counters:
         if finite:
             self.spikes += is_spike(loss, self.recent_losses)
             self.recent_losses = (*self.recent_losses, loss)[-SPIKE_WINDOW:]
+
+    def pass_over(self) -> None:
+        """Counts one update that had no picture left to learn from."""
+        self.update += 1
+        self.skipped += 1
 
     @property
     def diverged(self) -> bool:

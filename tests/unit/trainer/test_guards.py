@@ -1,11 +1,15 @@
 """Remarks on trainings that learn too fast: given when they should be, and never more than remarks."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from services.domain.errors import BadInput
 from services.trainer.data import Encoder
 from services.trainer.guards import SAMPLED_ELEMENTS, WeightWatch, is_spike, remarks
 from services.trainer.recipes import dreambooth
+from services.trainer.run import Ending
 from tests.unit.trainer.harness import Bench, complete_spec, same_bits
 
 CALM = {"learning_rate": 1e-6, "max_train_steps": 2}
@@ -106,21 +110,32 @@ def test_watching_the_weights_changes_none(bench: Bench, monkeypatch: pytest.Mon
     assert same_bits(seldom.weights(), always.weights())
 
 
-def test_pictures_that_were_left_out_are_named_to_the_owner(
+def broken_for(*shades: int) -> Callable[..., Encoder]:
+    """Makes encoders that fail for pictures by their blue value; those of `make_concept` are 10, 50 and 90."""
+
+    def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shade = round((float(values[2, 0, 0]) + 1) * 127.5)
+        mean = torch.full((4, 8, 8), torch.nan if shade in shades else 0.0)
+        return mean, torch.ones(4, 8, 8)
+
+    return lambda *arguments: encode
+
+
+def test_pictures_that_cannot_be_encoded_are_left_out_and_named_and_no_sign_of_divergence(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken_once(*a: object) -> Encoder:
-        calls: list[int] = []
+    monkeypatch.setattr(dreambooth, "posterior_encoder", broken_for(10))
+    monkeypatch.setattr(dreambooth, "WINDOW", 6)
+    trained = bench.train(complete_spec(learning_rate=1e-6, max_train_steps=9))
+    assert trained.outcome.ending is Ending.TRAINED
+    assert trained.outcome.step == 9
+    assert trained.report()["skipped_updates"] == 3
+    assert trained.outcome.warnings == ("left out, it cannot be encoded: 0/instance/0",)
 
-        def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            calls.append(1)
-            shape = (4, 8, 8)
-            mean = torch.full(shape, torch.nan) if len(calls) == 1 else torch.zeros(shape)
-            return mean, torch.ones(shape)
 
-        return encode
-
-    monkeypatch.setattr(dreambooth, "posterior_encoder", broken_once)
-    trained = bench.train(complete_spec(**CALM))
-    (warning,) = trained.outcome.warnings
-    assert warning.startswith("left out, it cannot be encoded: 0/instance/")
+def test_a_training_none_of_whose_pictures_can_be_encoded_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dreambooth, "posterior_encoder", broken_for(10, 50, 90))
+    with pytest.raises(BadInput, match="none of the pictures"):
+        bench.train(complete_spec(**CALM, train_batch_size=3))
