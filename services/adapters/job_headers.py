@@ -24,9 +24,10 @@ _MAX_WHY_CHARS: Final = 200
 
 
 def headline(record: JobRecord) -> JobRecord:
-    """The record without its specification, inputs and outputs: what the headers carry."""
+    """The record without its specification, inputs, outputs and the caller's own request: what headers carry."""
     return replace(
         record,
+        options=_without_request(record.options),
         spec={},
         prepared=None,
         trained=None,
@@ -35,6 +36,13 @@ def headline(record: JobRecord) -> JobRecord:
         error=None,
         why=record.why[:_MAX_WHY_CHARS],
     )
+
+
+def _without_request(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "origin" not in options:
+        return options
+    kept = {name: value for name, value in options["origin"].items() if name != "request_json"}
+    return {**options, "origin": kept}
 
 
 def headers_of(record: JobRecord) -> dict[str, str]:
