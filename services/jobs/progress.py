@@ -15,6 +15,8 @@ from services.domain.ports import Clock, ProgressEntry, ProgressLog
 
 STEP: Final = 0.0025
 PACE_S: Final = 1.0
+FORGOTTEN_S: Final = 600.0
+"""Seconds after its last message that a job is forgotten whose end another told, or nobody."""
 
 _PREFIX: Final = "JOB_STAGE_"
 
@@ -32,6 +34,7 @@ class _Published:
 
     round: int
     floor: float
+    told_at: float
     at: float = -PACE_S
     stage: int = 0
     pending: Progress | None = None
@@ -54,6 +57,7 @@ class ProgressBoard:
             progress: numbers within the stage; the fraction of the whole is computed here and never falls in a run.
         """
         job = await self._published(record)
+        job.told_at = self._clock.monotonic()
         stage = stage_of(progress.stage, record.stage)
         message = Progress()
         message.CopyFrom(progress)
@@ -67,6 +71,8 @@ class ProgressBoard:
         """Publishes what was held back and is due by now."""
         for (project, job_id), job in list(self._jobs.items()):
             await self._send_if_due(project, job_id, job)
+            if self._clock.monotonic() - job.told_at > FORGOTTEN_S:
+                self._jobs.pop((project, job_id), None)
 
     def forget(self, record: JobRecord) -> None:
         """Drops what is remembered of a job that has ended or moved on."""
@@ -77,7 +83,8 @@ class ProgressBoard:
         known = self._jobs.get(key)
         if known is None or known.round != record.round:
             entry = await self._log.last_progress(*key)
-            known = self._jobs[key] = _Published(record.round, _floor(entry, record.times.queued))
+            floor = _floor(entry, record.times.queued)
+            known = self._jobs[key] = _Published(record.round, floor, self._clock.monotonic())
         return known
 
     async def _send_if_due(self, project: str, job_id: str, job: _Published) -> None:

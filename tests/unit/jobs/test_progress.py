@@ -4,7 +4,7 @@ from likeness.job.v1.job_pb2 import Progress
 from services.adapters.memory import ManualClock, MemoryPlatform
 from services.domain import job as life
 from services.domain.job import JobRecord, Stage
-from services.jobs.progress import ProgressBoard, stage_of
+from services.jobs.progress import FORGOTTEN_S, ProgressBoard, stage_of
 from tests.unit.jobs.harness import drawing
 
 
@@ -80,6 +80,17 @@ async def test_a_new_run_begins_from_zero(
     again = life.retry(life.time_out(record, "late", clock.now_ms()), clock.now_ms())
     await board.tell(again, drawn(10))
     assert (await fractions(platform))[-1] == pytest.approx(0.05 + 0.95 * 0.1)
+
+
+async def test_a_job_that_nobody_tells_of_any_more_is_forgotten(
+    board: ProgressBoard, record: JobRecord, platform: MemoryPlatform, clock: ManualClock
+) -> None:
+    await board.tell(record, drawn(80))
+    await clock.advance(FORGOTTEN_S + 1)
+    await board.flush()
+    assert board._jobs == {}
+    await board.tell(record, drawn(10))
+    assert (await fractions(platform))[-1] == pytest.approx(0.05 + 0.95 * 0.8), "the fraction never falls"
 
 
 def test_unknown_stages_of_the_wire_give_the_records_own() -> None:
