@@ -84,6 +84,7 @@ async def test_a_training_is_fetched_trained_stored_and_registered(
     assert (result.model, result.steps, result.seed, result.device) == ("job-1", 6, 1337, "cpu")
     assert result.final_loss > 0
     assert result.execution_summary == "fp32, sdpa, AdamW 32-bit, deterministic"
+    assert platform.api.reports[0].stage.message == f"training has begun: {result.execution_summary}"
     assert list(result.warnings) == ["a picture was skipped"]
     model = await platform.storage.get_model(PROJECT, "job-1")
     assert model.display_name == "Rex"
