@@ -283,7 +283,7 @@ class StorageClient:
             BadInput: a picture cannot be read.
         """
         request = CreateDatasetRequest(project_id=project, images=images)
-        dataset: Dataset = (await self._stub.CreateDataset(request)).dataset
+        dataset: Dataset = (await self._stub.CreateDataset(request, timeout=IMPORT_TIMEOUT_S)).dataset
         return dataset
 
     # Models

@@ -56,6 +56,10 @@ answer leaves the job where it is, for the next tick to begin again; anything el
 IMPORT_TIMEOUT_S: Final = 1800.0
 """Longest time for one archive: download, checks, decoding, storing."""
 
+DRAWING_TRIES: Final = 3
+LOST_DRAWING: Final = frozenset({"WORKER_LOST", "INTERNAL"})
+"""Reasons for which a drawing failed through no fault of its own: it is asked for anew, under another id."""
+
 Led = tuple[JobRef, Phase, int]
 """What is led: one phase of one run of a job."""
 
@@ -330,7 +334,20 @@ class TrainingLeader:
     async def _draw(
         self, record: JobRecord, name: str, spec: generation_job_pb2.GenerationSpec
     ) -> generation_job_pb2.GenerationResult:
-        """Has pictures drawn by a job with an id fixed by parent, run and name; they come in order."""
+        """Has pictures drawn; they come in order. A drawing that workers were lost with is asked for again."""
+        for number in range(DRAWING_TRIES):
+            job = await self._drawn(record, f"{name}/again/{number}" if number else name, spec)
+            if job.state == job_pb2.JOB_STATE_SUCCEEDED:
+                return job.result
+            if job.error.reason not in LOST_DRAWING:
+                break
+        cause = job.error.message or f"the drawing ended {job_pb2.JobState.Name(job.state)}"
+        raise BadInput(f"a picture of this job could not be drawn: {cause}")
+
+    async def _drawn(
+        self, record: JobRecord, name: str, spec: generation_job_pb2.GenerationSpec
+    ) -> generation_job_pb2.GenerationJob:
+        """Waits for the end of a drawing with an id fixed by parent, run and name."""
         job_id = child_id(record, name)
         options = job_pb2.JobOptions(policy=job_pb2.JobPolicy(priority=job_pb2.JOB_PRIORITY_HIGH))
         request = inference_service_pb2.CreateGenerationJobRequest(
@@ -344,10 +361,7 @@ class TrainingLeader:
         await asyncio.shield(creating)
         job = await self._ended(record.project, job_id)
         open_drawings.pop(job_id, None)
-        if job.state != job_pb2.JOB_STATE_SUCCEEDED:
-            cause = job.error.message or f"the drawing ended {job_pb2.JobState.Name(job.state)}"
-            raise BadInput(f"a picture of this job could not be drawn: {cause}")
-        return job.result
+        return job
 
     async def _ended(self, project: str, job_id: str) -> generation_job_pb2.GenerationJob:
         """Waits until a drawing has ended, through restarts of the inference api."""

@@ -27,7 +27,7 @@ from services.domain.job import JobKind, JobRef, JobState, Limits, Phase, Stage
 from services.domain.ports import Revision
 from services.jobs.views import latest_progress
 from services.trainer.drawings import ClassImages, child_id, runs_of
-from services.trainer.phases import ATTEMPTS, CLASS_DATA_IGNORED, Siblings, TrainingLeader
+from services.trainer.phases import ATTEMPTS, CLASS_DATA_IGNORED, DRAWING_TRIES, Siblings, TrainingLeader
 
 REF = JobRef(JobKind.TRAIN, "dev", "job-1")
 BASE = model_pb2.Model(model="pocket", manifest_key="shared/base", manifest_digest="d" * 64)
@@ -90,6 +90,7 @@ class FakeInference:
         self.create_when = asyncio.Event()
         self.create_when.set()
         self.failing: set[str] = set()
+        self.lost: list[str] = []
         self.slow: set[str] = set()
         self.away_for: set[str] = set()
         self.state = job_pb2.JOB_STATE_SUCCEEDED
@@ -118,6 +119,9 @@ class FakeInference:
             ),
             parent_job_id=request.parent_job_id,
         )
+        if self.lost:
+            self.jobs[request.job_id].state = job_pb2.JOB_STATE_FAILED
+            self.jobs[request.job_id].error.reason = self.lost.pop()
 
     async def WatchGenerationJob(self, request: Any) -> AsyncIterator[Any]:
         if self.never_ends or self.jobs[request.job_id].spec.prompt in self.slow:
@@ -355,6 +359,22 @@ async def test_a_drawing_that_fails_fails_the_job() -> None:
     assert record.state is JobState.FAILED
     assert record.error is not None
     assert "could not be drawn" in record.error.message
+
+
+async def test_a_drawing_that_workers_were_lost_with_is_asked_for_again() -> None:
+    house = House(a_spec())
+    house.inference.lost = ["WORKER_LOST", "INTERNAL"]
+    await house.leader.lead(await house.admit())
+    assert (await house.read()).record.ready
+    assert len(house.inference.order) == 5
+
+
+async def test_a_drawing_that_is_lost_every_time_fails_the_job() -> None:
+    house = House(a_spec())
+    house.inference.lost = ["WORKER_LOST"] * DRAWING_TRIES
+    await house.leader.lead(await house.admit())
+    assert (await house.read()).record.state is JobState.FAILED
+    assert len(house.inference.order) == DRAWING_TRIES
 
 
 async def begun(house: House) -> "asyncio.Task[None]":
