@@ -11,11 +11,7 @@ import json
 import logging
 import math
 import platform
-import statistics
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +29,11 @@ from services.diffusion.loading import load_components, open_model
 from services.domain.errors import BadInput
 from services.trainer import checkpoint as checkpoints
 from services.trainer.conditioning import TextConditioner, posterior_encoder
+from services.trainer.counters import Counters, Pace
 from services.trainer.data import Concept, EpochPlan, LatentSource, Pair, PictureReader, Use, fingerprint
 from services.trainer.drawings import has_prior
 from services.trainer.execution import Execution, resolve_execution, schedule_name
-from services.trainer.guards import SPIKE_WINDOW, WATCHED_EVERY, WeightWatch, is_spike, remarks
+from services.trainer.guards import WATCHED_EVERY, WeightWatch, remarks
 from services.trainer.losses import NoiseSchedule, add_noise, micro_step_loss, per_sample_mse, training_target
 from services.trainer.optim import (
     LearningRateSchedule,
@@ -52,13 +49,8 @@ from services.trainer.support import HONOURED, check_supported
 logger = logging.getLogger(__name__)
 
 MAY_DIFFER_ON_RESUME = frozenset({"maxTrainSteps", "numTrainEpochs", "saveFullPrecision"})
-CONSECUTIVE_LIMIT = 3
-WINDOW = 200
-WINDOW_LIMIT = 2
-LOSSES_AVERAGED = 50
 LARGE_EPSILON = 1e-3
 REPORT = "training.json"
-CHECKPOINT_TIME_SHARE = 0.02
 
 
 def train(run: Run, observer: Observer) -> Outcome:
@@ -126,7 +118,7 @@ def train(run: Run, observer: Observer) -> Outcome:
 
     # --- where an earlier attempt stopped -------------------------------------------------------------------
     configuration = _configuration(run, concepts, execution, noise_schedule)
-    counters = _Counters(decay_steps=spec.lr_decay_steps or total)
+    counters = Counters(decay_steps=spec.lr_decay_steps or total)
     resumed = (
         checkpoints.read(run.resume_from)
         if run.resume_from
@@ -135,7 +127,7 @@ def train(run: Run, observer: Observer) -> Outcome:
     if resumed is not None:
         checkpoints.check_configuration(resumed, configuration, may_differ=MAY_DIFFER_ON_RESUME)
         checkpoints.restore(resumed, parameters, optimizer)
-        counters = _Counters(**resumed.state["counters"])
+        counters = Counters(**resumed.state["counters"])
         scaler.load_state_dict(resumed.state["scaler"])
         logger.info("training goes on from a checkpoint", extra={"step": resumed.step})
     rates = [_learning_rates(spec, name, counters.decay_steps) for name in groups]
@@ -154,7 +146,7 @@ def train(run: Run, observer: Observer) -> Outcome:
     # --- the updates ----------------------------------------------------------------------------------------
     observer.stage(Stage.TRAINING, execution.summary)
     writer = checkpoints.BackgroundWriter(run.checkpoint_folder)
-    pace = _Pace(run.checkpoint_interval_s)
+    pace = Pace(run.checkpoint_interval_s)
     ending = Ending.TRAINED
     saved_step = counters.update
     try:
@@ -342,98 +334,6 @@ def _check_any_usable(concepts: Iterable[Concept], unusable: Iterable[str]) -> N
 def _encoded(uses: Iterable[Use], latents: LatentSource) -> list[tuple[Use, torch.Tensor]]:
     drawn = [(use, latents.latents(use)) for use in uses]
     return [(use, z0) for use, z0 in drawn if z0 is not None]
-
-
-@dataclass(slots=True)
-class _Counters:
-    """What moves from update to update besides the weights; all of it is in every checkpoint."""
-
-    decay_steps: int
-    update: int = 0
-    samples: int = 0
-    skipped: int = 0
-    consecutive_skipped: int = 0
-    elapsed_s: float = 0.0
-    spikes: int = 0
-    largest_change: float = 0.0
-    recent_losses: tuple[float, ...] = ()
-    recent_skips: tuple[bool, ...] = ()
-
-    def note(self, loss: float, *, finite: bool, samples: int) -> None:
-        """Counts one update that was applied, or left out because it was not finite."""
-        self.update += 1
-        self.samples += samples
-        self.skipped += not finite
-        self.consecutive_skipped = 0 if finite else self.consecutive_skipped + 1
-        self.recent_skips = (*self.recent_skips, not finite)[-WINDOW:]
-        if finite:
-            self.spikes += is_spike(loss, self.recent_losses)
-            self.recent_losses = (*self.recent_losses, loss)[-SPIKE_WINDOW:]
-
-    def pass_over(self) -> None:
-        """Counts one update that had no picture left to learn from."""
-        self.update += 1
-        self.skipped += 1
-
-    @property
-    def diverged(self) -> bool:
-        """Whether too many updates were not finite: three in a row, or 1 % of the last 200."""
-        crowded = len(self.recent_skips) == WINDOW and sum(self.recent_skips) >= WINDOW_LIMIT
-        return self.consecutive_skipped >= CONSECUTIVE_LIMIT or crowded
-
-    @property
-    def final_loss(self) -> float:
-        """Mean loss of the last updates that were applied."""
-        last = self.recent_losses[-LOSSES_AVERAGED:]
-        return statistics.fmean(last) if last else math.nan
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the counters as JSON values that make the same counters again."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-
-class _Pace:
-    """Measures updates and checkpoints; decides when a recovery checkpoint is due.
-
-    Checkpoints never take more than 2 % of the time: after a slow one the next is due later.
-    """
-
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
-        self._checkpointed_at = time.monotonic()
-        self._checkpoint_cost_s = 0.0
-        self._recent_s: deque[float] = deque(maxlen=20)
-
-    @property
-    def checkpoint_is_due(self) -> bool:
-        """Whether enough time has passed since the last one."""
-        wait = max(self._interval_s, self._checkpoint_cost_s / CHECKPOINT_TIME_SHARE)
-        return time.monotonic() - self._checkpointed_at >= wait
-
-    @contextmanager
-    def checkpoint(self) -> Iterator[None]:
-        """Times how long a checkpoint holds training up."""
-        began = time.monotonic()
-        yield
-        self._checkpointed_at = time.monotonic()
-        self._checkpoint_cost_s = self._checkpointed_at - began
-
-    @property
-    def last_update_s(self) -> float:
-        """Seconds of the update that ended last."""
-        return self._recent_s[-1]
-
-    @property
-    def seconds_per_update(self) -> float:
-        """Mean over the last 20 updates: the first ones are slow, because latents are computed then."""
-        return statistics.fmean(self._recent_s)
-
-    @contextmanager
-    def update(self) -> Iterator[None]:
-        """Times one update."""
-        began = time.monotonic()
-        yield
-        self._recent_s.append(time.monotonic() - began)
 
 
 def _concepts_in_use(run: Run) -> tuple[Concept, ...]:

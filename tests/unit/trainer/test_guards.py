@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from services.domain.errors import BadInput
+from services.trainer import counters as counters_module
+from services.trainer.counters import Counters
 from services.trainer.data import Encoder
 from services.trainer.guards import SAMPLED_ELEMENTS, WeightWatch, is_spike, remarks
 from services.trainer.recipes import dreambooth
@@ -94,10 +96,10 @@ def test_a_rate_that_is_far_too_high_is_remarked_upon(bench: Bench) -> None:
 
 
 def test_a_loss_spike_is_counted_through_an_interruption() -> None:
-    counters = dreambooth._Counters(decay_steps=1)
+    counters = Counters(decay_steps=1)
     for update in range(150):
         counters.note(100.0 if update in (99, 120, 149) else 1.0, finite=True, samples=1)
-    counters = dreambooth._Counters(**counters.as_json())
+    counters = Counters(**counters.as_json())
     counters.note(100.0, finite=True, samples=1)
     assert counters.spikes == 3, "the one before there were a hundred losses does not count"
     assert counters.final_loss == pytest.approx((47 + 300) / 50)
@@ -125,7 +127,7 @@ def test_pictures_that_cannot_be_encoded_are_left_out_and_named_and_no_sign_of_d
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dreambooth, "posterior_encoder", broken_for(10))
-    monkeypatch.setattr(dreambooth, "WINDOW", 6)
+    monkeypatch.setattr(counters_module, "WINDOW", 6)
     trained = bench.train(complete_spec(learning_rate=1e-6, max_train_steps=9))
     assert trained.outcome.ending is Ending.TRAINED
     assert trained.outcome.step == 9

@@ -17,6 +17,7 @@ from likeness.training.v1 import training_job_pb2 as pb
 
 from services.trainer import checkpoint as checkpoints
 from services.trainer.checkpoint import CheckpointMismatch
+from services.trainer.counters import Counters, Pace
 from services.trainer.data import Concept
 from services.trainer.losses import per_sample_mse
 from services.trainer.recipes import dreambooth
@@ -220,7 +221,7 @@ def test_stop_ends_at_once_and_delivers_nothing(bench: Bench) -> None:
 def test_checkpoints_never_take_more_than_their_share_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    pace = dreambooth._Pace(10.0)
+    pace = Pace(10.0)
 
     def due_at(seconds: float) -> bool:
         clock[0] = seconds
@@ -295,7 +296,7 @@ def test_a_run_that_is_never_finite_delivers_the_base_weights(
 
 
 def test_one_percent_of_the_last_200_is_divergence_too() -> None:
-    counters = dreambooth._Counters(decay_steps=1)
+    counters = Counters(decay_steps=1)
     for update in range(600):
         counters.note(1.0, finite=update not in (150, 350, 549), samples=1)
         assert counters.diverged == (update == 549), "150 and 350 are one too far apart, 350 and 549 are not"
