@@ -71,6 +71,22 @@ def test_a_job_survives_the_death_of_the_inference_worker(hurt: Platform, archiv
     assert [image["seed"] for image in ended["output"]] == [3]
 
 
+@pytest.mark.parametrize(("name", "stage"), [("trainer-api", "sampling"), ("trainer-worker", "training")])
+def test_a_job_survives_that_a_process_is_asked_to_leave(
+    hurt: Platform, archive: str, name: str, stage: str
+) -> None:
+    samples = [{"prompt": "sks robot", "seed": 3, "infer_steps": 150}]
+    updates = UPDATES if stage == "training" else 2
+    job_id = hurt.submit(running.small_request(archive, max_train_steps=updates, samples=samples))
+    hurt.wait_for_stage(job_id, stage)
+    leaving = hurt.child(name).pid
+    os.kill(leaving, signal.SIGTERM)
+    ended = hurt.wait(job_id)
+    assert ended["status"] == "COMPLETED", f"{ended}\n{hurt.logs()}"
+    assert [image["seed"] for image in ended["output"]] == [3]
+    assert hurt.wait_for_restart(name, leaving) != leaving
+
+
 def test_a_worker_that_slept_past_its_lease_never_becomes_visible(hurt: Platform, archive: str) -> None:
     job_id = hurt.submit(running.small_request(archive, max_train_steps=UPDATES))
     hurt.wait_for_stage(job_id, "training", step=5)
