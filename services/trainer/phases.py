@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from google.protobuf import json_format
-from likeness.inference.v1 import generation_job_pb2, inference_service_pb2, inference_service_pb2_grpc
+from likeness.inference.v1 import generation_job_pb2, inference_service_pb2_grpc
 from likeness.job.v1 import job_pb2
 from likeness.storage.v1 import artifact_pb2, model_pb2
 from likeness.training.v1 import training_job_pb2
@@ -35,10 +35,10 @@ from services.domain.errors import (
 )
 from services.domain.job import JobFailure, JobRecord, JobRef, Phase, Stage
 from services.domain.ports import JobLog, ProgressLog, Revision
+from services.trainer.drawing_jobs import DrawingJobs, Led, led_of
 from services.trainer.drawings import (
     IMAGES_PER_DRAWING,
     ClassImages,
-    child_id,
     has_prior,
     proof_drawing,
     runs_of,
@@ -55,13 +55,6 @@ answer leaves the job where it is, for the next tick to begin again; anything el
 
 IMPORT_TIMEOUT_S: Final = 1800.0
 """Longest time for one archive: download, checks, decoding, storing."""
-
-DRAWING_TRIES: Final = 3
-LOST_DRAWING: Final = frozenset({"WORKER_LOST", "INTERNAL"})
-"""Reasons for which a drawing failed through no fault of its own: it is asked for anew, under another id."""
-
-Led = tuple[JobRef, Phase, int]
-"""What is led: one phase of one run of a job."""
 
 CLASS_DATA_IGNORED: Final = "the class pictures given are not used: prior preservation is off"
 
@@ -100,7 +93,7 @@ class TrainingLeader:
         self._siblings = siblings
         self._read_spec = read_spec
         self._pause = pause
-        self._drawings: dict[Led, dict[str, asyncio.Task[Any]]] = {}
+        self._drawing_jobs = DrawingJobs(siblings.inference, pause)
         self._stopping: set[asyncio.Task[None]] = set()
 
     async def lead(self, revision: Revision) -> None:
@@ -109,15 +102,26 @@ class TrainingLeader:
         Faults that may pass are tried again; others end the job FAILED. Drawings that are under way when it ends, or
         is cancelled, are ended if the job has ended too; else whoever leads the job next waits for them.
         """
-        led = _led(revision.record)
+        led = led_of(revision.record)
         try:
             await self._lead_persistently(led)
         finally:
-            if self._drawings.get(led):
-                task = asyncio.create_task(self._stop_drawings(led))
+            if self._drawing_jobs.under_way(led):
+                task = asyncio.create_task(self._stop_unneeded(led))
                 self._stopping.add(task)
                 task.add_done_callback(self._stopping.discard)
                 await asyncio.shield(task)
+
+    async def _stop_unneeded(self, led: Led) -> None:
+        try:
+            needed = await self._present(led) is not None
+        except LikenessError as error:
+            logger.warning("drawings were left", extra={"job_id": led[0].id, "error": str(error)})
+            needed = True
+        if needed:
+            self._drawing_jobs.leave(led)
+        else:
+            await self._drawing_jobs.stop(led)
 
     async def _lead_persistently(self, led: Led) -> None:
         for attempt in range(1, ATTEMPTS + 1):
@@ -128,7 +132,7 @@ class TrainingLeader:
             except Exception as error:
                 known = error if isinstance(error, LikenessError) else Internal(INTERNAL_TEXT)
                 if _is_final(known, attempt):
-                    logger.exception("phase failed", extra={"job_id": led[0].id})
+                    _log_end(led[0], known)
                     return await self._fail(led, known)
                 logger.warning(
                     "phase met a fault that may pass", extra={"job_id": led[0].id, "error": str(error)}
@@ -147,7 +151,7 @@ class TrainingLeader:
     async def _present(self, led: Led) -> Revision | None:
         """The newest revision; None when the job has ended, or is in another phase or run by now."""
         revision = await self._log.read(led[0])
-        if revision is None or _led(revision.record) != led:
+        if revision is None or led_of(revision.record) != led:
             return None
         lives = revision.record.state in (life.JobState.QUEUED, life.JobState.RUNNING)
         return revision if lives else None
@@ -247,7 +251,7 @@ class TrainingLeader:
         for concept, plan in enumerate(plans):
             for first, length in runs_of(plan.missing, min(in_flight, IMAGES_PER_DRAWING)):
                 name = f"class/{concept}/{first}/{length}"
-                drawn = await self._draw(record, name, plan.class_images.drawing(first, length))
+                drawn = await self._drawing_jobs.draw(record, name, plan.class_images.drawing(first, length))
                 for index, image in enumerate(drawn.images, start=first):
                     plan.drawn[index] = await self._keep(record.project, plan.class_images, index, image.key)
                 await counter.add(length)
@@ -292,7 +296,7 @@ class TrainingLeader:
         spec = await self._read_spec(record)
         result = json_format.ParseDict(dict(record.trained or {}), training_job_pb2.TrainingResult())
         test = proof_drawing(spec, result, record)
-        proof = await self._draw(record, "test", test)
+        proof = await self._drawing_jobs.draw(record, "test", test)
         [image] = proof.images
         result.test_image.CopyFrom(training_job_pb2.SampleImage(spec=test, image=image))
         if spec.samples and record.stage is not Stage.SAMPLING:
@@ -317,7 +321,7 @@ class TrainingLeader:
         async def draw(
             index: int, drawing: generation_job_pb2.GenerationSpec
         ) -> generation_job_pb2.GenerationResult:
-            group = await self._draw(record, f"sample/{index}", drawing)
+            group = await self._drawing_jobs.draw(record, f"sample/{index}", drawing)
             await drawn.add(len(group.images))
             for image in group.images:
                 await self._progress.publish_progress(record.project, record.id, {"image_key": image.key})
@@ -328,81 +332,6 @@ class TrainingLeader:
             for image in group.images:
                 result.samples.add(sample_index=index, spec=drawing, image=image)
             result.warnings.extend(f"sample {index + 1}: {warning}" for warning in group.warnings)
-
-    # -- drawings --------------------------------------------------------------------------------------------
-
-    async def _draw(
-        self, record: JobRecord, name: str, spec: generation_job_pb2.GenerationSpec
-    ) -> generation_job_pb2.GenerationResult:
-        """Has pictures drawn; they come in order. A drawing that workers were lost with is asked for again."""
-        for number in range(DRAWING_TRIES):
-            job = await self._drawn(record, f"{name}/again/{number}" if number else name, spec)
-            if job.state == job_pb2.JOB_STATE_SUCCEEDED:
-                return job.result
-            if job.error.reason not in LOST_DRAWING:
-                break
-        cause = job.error.message or f"the drawing ended {job_pb2.JobState.Name(job.state)}"
-        raise BadInput(f"a picture of this job could not be drawn: {cause}")
-
-    async def _drawn(
-        self, record: JobRecord, name: str, spec: generation_job_pb2.GenerationSpec
-    ) -> generation_job_pb2.GenerationJob:
-        """Waits for the end of a drawing with an id fixed by parent, run and name."""
-        job_id = child_id(record, name)
-        options = job_pb2.JobOptions(policy=job_pb2.JobPolicy(priority=job_pb2.JOB_PRIORITY_HIGH))
-        request = inference_service_pb2.CreateGenerationJobRequest(
-            project_id=record.project, job_id=job_id, spec=spec, options=options, parent_job_id=record.id
-        )
-        open_drawings = self._drawings.setdefault(_led(record), {})
-        # Never given up half way: nobody could tell whether the drawing will come to be.
-        creating = open_drawings[job_id] = asyncio.ensure_future(
-            self._siblings.inference.CreateGenerationJob(request)
-        )
-        await asyncio.shield(creating)
-        job = await self._ended(record.project, job_id)
-        open_drawings.pop(job_id, None)
-        return job
-
-    async def _ended(self, project: str, job_id: str) -> generation_job_pb2.GenerationJob:
-        """Waits until a drawing has ended, through restarts of the inference api."""
-        watch = inference_service_pb2.WatchGenerationJobRequest(job_id=job_id, project_id=project)
-        get = inference_service_pb2.GetGenerationJobRequest(job_id=job_id, project_id=project)
-        while True:
-            try:
-                async for _ in self._siblings.inference.WatchGenerationJob(watch):
-                    pass
-                job: generation_job_pb2.GenerationJob = (
-                    await self._siblings.inference.GetGenerationJob(get)
-                ).job
-            except LikenessError as error:
-                if not row_of(error).retry_job and not isinstance(error, OUTAGES):
-                    raise
-                logger.info("waiting for the inference api", extra={"job_id": job_id})
-                await self._pause(0.5)
-                continue
-            if job.state not in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING):
-                return job
-
-    async def _stop_drawings(self, led: Led) -> None:
-        """Ends the drawings that are under way for a job that has moved on without them."""
-        left = self._drawings.pop(led)
-        try:
-            if await self._present(led) is not None:
-                return
-        except LikenessError as error:
-            logger.warning("drawings were left", extra={"job_id": led[0].id, "error": str(error)})
-            return
-        await asyncio.gather(*(self._cancel_drawing(led[0].project, *drawing) for drawing in left.items()))
-
-    async def _cancel_drawing(self, project: str, job_id: str, creating: "asyncio.Task[Any]") -> None:
-        await asyncio.wait({creating})
-        request = inference_service_pb2.CancelGenerationJobRequest(job_id=job_id, project_id=project)
-        try:
-            await self._siblings.inference.CancelGenerationJob(request)
-        except NotFound:
-            logger.debug("drawing %s was never admitted", job_id)
-        except LikenessError as error:
-            logger.warning("a drawing was left behind", extra={"job_id": job_id, "error": str(error)})
 
     # -- small things ----------------------------------------------------------------------------------------
 
@@ -470,8 +399,13 @@ async def _all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _led(record: JobRecord) -> Led:
-    return record.ref, record.phase, record.round
+def _log_end(ref: JobRef, error: LikenessError) -> None:
+    """A fault of the caller's is the job's news; one of ours is an error with its trace."""
+    fields = {"job_id": ref.id, "reason": row_of(error).reason}
+    if row_of(error).fails_job:
+        logger.info("phase ended the job", extra=fields)
+    else:
+        logger.error("phase failed", extra=fields, exc_info=True)
 
 
 def _is_final(error: LikenessError, attempt: int) -> bool:

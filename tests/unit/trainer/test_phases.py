@@ -26,8 +26,9 @@ from services.domain.errors import (
 from services.domain.job import JobKind, JobRef, JobState, Limits, Phase, Stage
 from services.domain.ports import Revision
 from services.jobs.views import latest_progress
+from services.trainer.drawing_jobs import DRAWING_TRIES
 from services.trainer.drawings import ClassImages, child_id, runs_of
-from services.trainer.phases import ATTEMPTS, CLASS_DATA_IGNORED, DRAWING_TRIES, Siblings, TrainingLeader
+from services.trainer.phases import ATTEMPTS, CLASS_DATA_IGNORED, Siblings, TrainingLeader
 
 REF = JobRef(JobKind.TRAIN, "dev", "job-1")
 BASE = model_pb2.Model(model="pocket", manifest_key="shared/base", manifest_digest="d" * 64)
