@@ -3,9 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
-import secrets
-import socket
 from collections.abc import Callable
 
 from services.adapters.blob_cache import BlobCache
@@ -16,7 +13,7 @@ from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import configure_logging
 from services.inference.device_process import DeviceProcess
 from services.inference.worker import MIN_JOBS, InferenceWorker
-from services.jobs.worker_client import WorkerClient
+from services.jobs.worker_client import WorkerClient, new_worker_id
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ async def run_worker(settings: InferenceWorkerSettings) -> None:
             async with (
                 WorkerClient(
                     api,
-                    _worker_id(),
+                    new_worker_id("inference"),
                     device=device.device,
                     device_memory_bytes=device.memory_bytes,
                     beat_s=settings.beat_s,
@@ -64,11 +61,6 @@ def _child_arguments(settings: InferenceWorkerSettings) -> list[str]:
         f"--batch-cap={settings.batch_cap}",
         f"--model-memory-bytes={settings.model_memory_bytes}",
     ]
-
-
-def _worker_id() -> str:
-    host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())[:32]
-    return f"inference-{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def worker() -> None:

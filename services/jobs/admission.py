@@ -16,9 +16,21 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from likeness.job.v1.job_pb2 import JobOptions, JobPolicy, JobPriority
 
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import AlreadyExists, Conflict, InvalidSpec, QueueFull, Violation
-from services.domain.job import JobKind, JobRecord, JobRef, JobState, Limits
+from services.domain.job import (
+    LONGEST_RETENTION_MS,
+    PRIORITY_HIGH,
+    PRIORITY_LOW,
+    PRIORITY_NORMAL,
+    RETENTION_WORDS,
+    SHORTEST_RETENTION_MS,
+    JobKind,
+    JobRecord,
+    JobRef,
+    JobState,
+    Limits,
+)
 from services.domain.ports import Revision, SmallLog
 from services.jobs.documents import DocumentStore
 from services.jobs.records import Records
@@ -37,13 +49,13 @@ DAY_MS: Final = 24 * 3600 * 1000
 _SPANS: Final = {
     "execution_timeout": (5_000, 7 * DAY_MS, "5 s to 7 days"),
     "ttl": (10_000, 7 * DAY_MS, "10 s to 7 days"),
-    "retention": (life.SHORTEST_RETENTION_MS, life.LONGEST_RETENTION_MS, life.RETENTION_WORDS),
+    "retention": (SHORTEST_RETENTION_MS, LONGEST_RETENTION_MS, RETENTION_WORDS),
 }
 _RANKS: Final = {
-    JobPriority.JOB_PRIORITY_UNSPECIFIED: life.PRIORITY_NORMAL,
-    JobPriority.JOB_PRIORITY_LOW: life.PRIORITY_LOW,
-    JobPriority.JOB_PRIORITY_NORMAL: life.PRIORITY_NORMAL,
-    JobPriority.JOB_PRIORITY_HIGH: life.PRIORITY_HIGH,
+    JobPriority.JOB_PRIORITY_UNSPECIFIED: PRIORITY_NORMAL,
+    JobPriority.JOB_PRIORITY_LOW: PRIORITY_LOW,
+    JobPriority.JOB_PRIORITY_NORMAL: PRIORITY_NORMAL,
+    JobPriority.JOB_PRIORITY_HIGH: PRIORITY_HIGH,
 }
 
 

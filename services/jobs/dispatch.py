@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from likeness.job.v1.job_pb2 import Progress
 
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import (
     Conflict,
     InvalidSpec,
@@ -20,7 +20,7 @@ from services.domain.errors import (
     NotFound,
     StaleEpoch,
 )
-from services.domain.job import JobKind, JobRecord, JobRef
+from services.domain.job import ID_PATTERN, JobKind, JobRecord, JobRef
 from services.domain.matching import PATIENCE_MS, choose, wait_until_eligible_ms
 from services.domain.ports import Beat, BeatFeed, Clock, Revision
 from services.jobs.leases import ECHO_PREFIX, Leases, WorkerBook
@@ -350,7 +350,7 @@ def _owns(record: JobRecord, epoch: int, worker: str) -> bool:
 
 
 def _check_worker(worker: str) -> None:
-    if not life.ID_PATTERN.match(worker) or worker.startswith(ECHO_PREFIX):
+    if not ID_PATTERN.match(worker) or worker.startswith(ECHO_PREFIX):
         raise InvalidSpec(
             "must be 1 to 64 letters, digits, '_' or '-', and not begin with 'api-'", "worker_id"
         )

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import LikenessError, NotFound
 from services.domain.job import TOLD_STATES, JobRecord, JobRef, JobState
 from services.domain.ports import Revision, SmallLog

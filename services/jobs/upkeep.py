@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import LikenessError
 from services.domain.job import JobRecord, JobRef, Phase
 from services.domain.ports import Clock, Revision

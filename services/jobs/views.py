@@ -8,7 +8,8 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from likeness.inference.v1.generation_job_pb2 import GenerationJob, GenerationSpec
-from likeness.job.v1.job_pb2 import JobError, JobEvent, JobOptions, JobState, JobTimes, Progress, QueueStatus
+from likeness.job.v1.job_pb2 import JobError, JobEvent, JobOptions, JobTimes, Progress, QueueStatus
+from likeness.job.v1.job_pb2 import JobState as WireState
 from likeness.training.v1.training_job_pb2 import (
     CheckpointRef,
     PreparedInputs,
@@ -16,9 +17,8 @@ from likeness.training.v1.training_job_pb2 import (
     TrainingSpec,
 )
 
-from services.domain import job as life
 from services.domain.errors import InvalidSpec
-from services.domain.job import JobRecord, whole_fraction
+from services.domain.job import Checkpoint, JobRecord, JobState, whole_fraction
 from services.domain.ports import ProgressEntry, ProgressLog, Revision
 from services.jobs.documents import DocumentStore
 from services.jobs.index import JobIndex
@@ -44,16 +44,16 @@ def timestamp(ms: int) -> Timestamp:
     return moment
 
 
-def states_of(values: Collection[int]) -> frozenset[life.JobState]:
+def states_of(values: Collection[int]) -> frozenset[JobState]:
     """The domain's states for the wire's.
 
     Raises:
         InvalidSpec: one of them is none.
     """
     names = [
-        JobState.Name(value).removeprefix("JOB_STATE_") for value in values if value in JobState.values()
+        WireState.Name(value).removeprefix("JOB_STATE_") for value in values if value in WireState.values()
     ]
-    known = [life.JobState(name) for name in names if name in life.JobState.__members__]
+    known = [JobState(name) for name in names if name in JobState.__members__]
     if len(known) < len(values):
         raise InvalidSpec("must be states of jobs", "states")
     return frozenset(known)
@@ -89,7 +89,7 @@ def progress_of(record: JobRecord, latest: Progress | None) -> Progress | None:
         record: the job.
         latest: numbers of the present run; None: there are none yet.
     """
-    if record.state is life.JobState.SUCCEEDED:
+    if record.state is JobState.SUCCEEDED:
         shown = Progress(stage=f"JOB_STAGE_{record.stage.value}") if latest is None else latest
         shown.fraction = 1.0
         return shown
@@ -158,11 +158,11 @@ def queue_status(index: JobIndex, book: WorkerBook, project: str, endpoint: str,
     busy = sum(bool(worker.jobs) for worker in workers)
     state = counts.by_state
     status = QueueStatus(
-        queued_jobs=state[life.JobState.QUEUED],
-        running_jobs=state[life.JobState.RUNNING],
-        succeeded_jobs=state[life.JobState.SUCCEEDED],
-        failed_jobs=state[life.JobState.FAILED] + state[life.JobState.TIMED_OUT],
-        cancelled_jobs=state[life.JobState.CANCELLED],
+        queued_jobs=state[JobState.QUEUED],
+        running_jobs=state[JobState.RUNNING],
+        succeeded_jobs=state[JobState.SUCCEEDED],
+        failed_jobs=state[JobState.FAILED] + state[JobState.TIMED_OUT],
+        cancelled_jobs=state[JobState.CANCELLED],
         retried_jobs=counts.retried,
         idle_workers=len(workers) - busy,
         busy_workers=busy,
@@ -257,7 +257,7 @@ class Views:
         return document
 
 
-def checkpoint_ref(checkpoint: life.Checkpoint) -> CheckpointRef:
+def checkpoint_ref(checkpoint: Checkpoint) -> CheckpointRef:
     """Names a checkpoint on the wire."""
     return CheckpointRef(manifest_key=checkpoint.manifest_key, step=checkpoint.step)
 

@@ -12,7 +12,10 @@ progress, belong to the worker. A job is named in every beat from its taking unt
 
 import asyncio
 import logging
+import os
 import random
+import secrets
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
@@ -50,6 +53,16 @@ MAX_UNFORESEEN: Final = 10
 _UNCLEAR: Final[tuple[type[LikenessError], ...]] = (*OUTAGES, Internal, QueueFull, Conflict)
 """Answers after which the report may or may not have been accepted, or will be later, when the log has room or is less
 busy: the same number is sent again."""
+
+
+def new_worker_id(kind: str) -> str:
+    """A name for this worker process: what it does, where, which process, and a random part.
+
+    Args:
+        kind: "trainer" or "inference".
+    """
+    host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())[:32]
+    return f"{kind}-{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 class JobHandle:

@@ -14,9 +14,9 @@ import grpc
 from likeness.worker.v1 import worker_service_pb2 as pb
 from likeness.worker.v1.worker_service_pb2_grpc import WorkerServiceServicer
 
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import InvalidSpec, LikenessError
-from services.domain.job import Checkpoint, JobFailure, JobKind, JobRecord, JobRef, Stage
+from services.domain.job import Checkpoint, JobFailure, JobKind, JobRecord, JobRef, Stage, bounded_remarks
 from services.domain.ports import Beat, Revision
 from services.jobs.admission import as_json
 from services.jobs.dispatch import MAX_SLOTS, MAX_WAIT_S, Dispatcher, Held
@@ -160,7 +160,7 @@ class WorkerServicer(WorkerServiceServicer):
 
     def _trained(self, request: pb.ReportRequest) -> Move:
         result = request.trained.result
-        warnings = life.bounded_remarks(result.warnings)
+        warnings = bounded_remarks(result.warnings)
         del result.warnings[:]
         result.warnings.extend(warnings)
         trained = as_json(result)

@@ -2,9 +2,6 @@
 
 import argparse
 import asyncio
-import os
-import secrets
-import socket
 from collections.abc import Callable
 
 from services.adapters.blob_cache import BlobCache
@@ -13,7 +10,7 @@ from services.adapters.grpc_server import GrpcServer
 from services.adapters.settings import TrainerWorkerSettings, load_or_exit
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import configure_logging
-from services.jobs.worker_client import WorkerClient
+from services.jobs.worker_client import WorkerClient, new_worker_id
 from services.trainer.device_process import TrainingProcess
 from services.trainer.worker import TrainingWorker
 
@@ -33,7 +30,7 @@ async def run_worker(settings: TrainerWorkerSettings) -> None:
             Channel(settings.training_addr) as api,
             WorkerClient(
                 api,
-                _worker_id(),
+                new_worker_id("trainer"),
                 device=process.device,
                 device_memory_bytes=process.memory_bytes,
                 beat_s=settings.beat_s,
@@ -55,11 +52,6 @@ async def run_worker(settings: TrainerWorkerSettings) -> None:
     finally:
         await process.end()
         cache.close()
-
-
-def _worker_id() -> str:
-    host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())[:32]
-    return f"trainer-{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def worker() -> None:

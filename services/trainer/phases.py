@@ -19,7 +19,7 @@ from likeness.storage.v1 import artifact_pb2, model_pb2
 from likeness.training.v1 import training_job_pb2
 
 from services.adapters.storage_client import StorageClient
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import (
     INTERNAL_TEXT,
     OUTAGES,
@@ -33,7 +33,16 @@ from services.domain.errors import (
     NotFound,
     row_of,
 )
-from services.domain.job import JobFailure, JobRecord, JobRef, Phase, Stage
+from services.domain.job import (
+    JobFailure,
+    JobRecord,
+    JobRef,
+    JobState,
+    Phase,
+    Stage,
+    bounded_remarks,
+    whole_fraction,
+)
 from services.domain.ports import JobLog, ProgressLog, Revision
 from services.trainer.drawing_jobs import DrawingJobs, Led, led_of
 from services.trainer.drawings import (
@@ -153,7 +162,7 @@ class TrainingLeader:
         revision = await self._log.read(led[0])
         if revision is None or led_of(revision.record) != led:
             return None
-        lives = revision.record.state in (life.JobState.QUEUED, life.JobState.RUNNING)
+        lives = revision.record.state in (JobState.QUEUED, JobState.RUNNING)
         return revision if lives else None
 
     async def _fail(self, led: Led, error: LikenessError) -> None:
@@ -168,7 +177,7 @@ class TrainingLeader:
     # -- prepare ---------------------------------------------------------------------------------------------
 
     async def _prepare(self, revision: Revision) -> None:
-        if revision.record.state is life.JobState.QUEUED:
+        if revision.record.state is JobState.QUEUED:
             revision = await self._write(revision, life.begin_preparing(revision.record, self._log.now_ms()))
         spec = await self._read_spec(revision.record)
         base = await self._base_model(revision.record.project, spec.base_model)
@@ -185,7 +194,7 @@ class TrainingLeader:
             datasets=[
                 await self._dataset_ref(revision.record.project, n, plan) for n, plan in enumerate(plans)
             ],
-            warnings=life.bounded_remarks(warning for plan in plans for warning in plan.warnings),
+            warnings=bounded_remarks(warning for plan in plans for warning in plan.warnings),
         )
         ready = life.make_ready(revision.record, _to_json(prepared), base.manifest_digest, self._log.now_ms())
         await self._write(revision, ready)
@@ -345,7 +354,7 @@ class TrainingLeader:
             stage=f"JOB_STAGE_{record.stage.value}",
             step=done,
             total_steps=total,
-            fraction=life.whole_fraction(record.stage, done, total),
+            fraction=whole_fraction(record.stage, done, total),
         )
         progress.report_time.FromMilliseconds(self._log.now_ms())
         await self._progress.publish_progress(record.project, record.id, _to_json(progress))

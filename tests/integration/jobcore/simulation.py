@@ -18,9 +18,10 @@ from services.adapters import subjects
 from services.adapters.jetstream import JetStreamPlatform
 from services.adapters.jetstream_connection import Connection, NoAnswer
 from services.adapters.jetstream_streams import MIB, stream_configs
-from services.domain import job
+from services.domain import life_cycle as job
 from services.domain.errors import Conflict, LikenessError, StaleEpoch, Unavailable
 from services.domain.job import (
+    RETRYABLE_STATES,
     Checkpoint,
     JobFailure,
     JobKind,
@@ -338,7 +339,7 @@ class Run:
         return job.cancel(record, self.replicas[0].log.now_ms())
 
     def _retry(self, record: JobRecord) -> JobRecord:
-        retryable = record.state in job.RETRYABLE_STATES and record.round < 2
+        retryable = record.state in RETRYABLE_STATES and record.round < 2
         return job.retry(record, self.replicas[0].log.now_ms()) if retryable else record
 
     async def kill_server(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from services.adapters.jetstream import JetStreamPlatform
 from services.adapters.memory import MemoryPlatform
-from services.domain import job
+from services.domain import life_cycle as job
 from services.domain.errors import Conflict, InvalidSpec
 from services.domain.job import Checkpoint, JobKind, JobRecord, JobRef, JobState, Limits, Stage
 from services.domain.ports import Beat, CaughtUp, Revision

@@ -16,7 +16,7 @@ from services.adapters import jetstream_connection, subjects
 from services.adapters.jetstream import JetStreamPlatform
 from services.adapters.jetstream_connection import WRITE_IN_FLIGHT, Connection, NoAnswer, NotSent, Refused
 from services.adapters.jetstream_streams import ServerRefused, stream_configs
-from services.domain import job
+from services.domain import life_cycle as job
 from services.domain.errors import Conflict, OutcomeUnknown, QueueFull, Unavailable
 from services.domain.job import JobKind, JobRecord, JobRef, JobState, Limits
 from services.domain.ports import CaughtUp, Revision

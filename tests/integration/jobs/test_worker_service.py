@@ -10,9 +10,9 @@ from likeness.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from services.adapters.grpc_client import Channel
 from services.adapters.memory import MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import BadInput, Conflict, InvalidSpec, QueueFull, StaleEpoch, Unavailable
-from services.domain.job import JobFailure, JobKind, JobRecord, JobState, Limits, Phase, Stage
+from services.domain.job import Checkpoint, JobFailure, JobKind, JobRecord, JobState, Limits, Phase, Stage
 from services.jobs.worker_client import WorkerClient
 from tests.integration.jobs.harness import LEASE_S, eventually, serving, worker
 from tests.unit.jobs.harness import MemoryDocuments, drawing, training
@@ -91,7 +91,7 @@ async def test_the_record_names_the_memory_of_the_device_that_has_the_job(platfo
     ):
         [job] = await client.take(1)
         assert (await newest(platform, record)).device_memory == 24 * 2**30
-        await job.failed(life.JobFailure("DIVERGED", "the loss is not finite"))
+        await job.failed(JobFailure("DIVERGED", "the loss is not finite"))
     ended = await newest(platform, record)
     assert (ended.state, ended.device_memory) == (JobState.FAILED, 24 * 2**30)
     assert life.retry(ended, now(platform)).device_memory == 0
@@ -286,7 +286,7 @@ async def test_reports_whose_answers_are_lost_are_accepted_once(platform: Memory
         await job.trained(TrainingResult(model="t"))
     ended = await newest(platform, record)
     assert ended.reported == 4
-    assert ended.checkpoint == life.Checkpoint("manifest", 30)
+    assert ended.checkpoint == Checkpoint("manifest", 30)
 
 
 class Refuses:

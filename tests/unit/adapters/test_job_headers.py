@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from services.adapters.job_headers import headers_of, record_of
-from services.domain import job as life
-from services.domain.job import JobKind, JobRecord, JobRef, JobState, Limits
+from services.domain import life_cycle as life
+from services.domain.job import MAX_RECORD_BYTES, JobKind, JobRecord, JobRef, JobState, Limits
 
 MAX_MESSAGE_BYTES = 65_536
 """Largest message that the job log takes."""
@@ -30,11 +30,8 @@ def test_headers_say_what_an_index_and_a_sender_of_webhooks_need() -> None:
 
 @pytest.mark.parametrize("letter", ["x", "\N{GRINNING FACE}", "\n"])
 def test_the_largest_record_and_its_headers_are_a_message_that_the_log_takes(letter: str) -> None:
-    request = letter * (life.MAX_RECORD_BYTES // len(letter.encode()))
-    while (
-        len(record_with(json.dumps({"prompt": request}, ensure_ascii=False)).to_json())
-        > life.MAX_RECORD_BYTES
-    ):
+    request = letter * (MAX_RECORD_BYTES // len(letter.encode()))
+    while len(record_with(json.dumps({"prompt": request}, ensure_ascii=False)).to_json()) > MAX_RECORD_BYTES:
         request = request[: len(request) * 9 // 10]
     record = record_with(json.dumps({"prompt": request}, ensure_ascii=False))
     headers = headers_of(record)

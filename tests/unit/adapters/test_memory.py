@@ -8,7 +8,7 @@ import pytest
 
 from services.adapters.clock import RealClock
 from services.adapters.memory import ManualClock, MemoryPlatform
-from services.domain import job
+from services.domain import life_cycle as job
 from services.domain.errors import QueueFull, Unavailable
 from services.domain.job import JobKind, JobRecord, JobRef, Limits
 from services.domain.ports import Beat, Revision

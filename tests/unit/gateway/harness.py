@@ -31,7 +31,7 @@ from services.adapters.grpc_client import Channel
 from services.adapters.grpc_server import GrpcServer
 from services.adapters.memory import MemoryPlatform
 from services.adapters.storage_client import StorageClient
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import NotFound, Unauthenticated, Unavailable
 from services.domain.job import JobFailure, JobKind, JobRecord, JobRef
 from services.gateway.app import Parts, create_app

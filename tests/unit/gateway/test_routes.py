@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from services.domain import job as life
+from services.domain import life_cycle as life
+from services.domain.job import JobKind, JobRef
 from services.gateway.limits import Limit, QueueLimit, RateLimiter
 from tests.unit.gateway.harness import INPUT, KEY, OTHER_KEY, World, gateway
 
@@ -251,7 +252,7 @@ async def test_unknown_foreign_and_malformed_jobs_are_not_found(world: World, op
 
 async def test_a_job_of_another_dialect_is_not_found(world: World) -> None:
     job_id = await world.submit()
-    ref = life.JobRef(life.JobKind.TRAIN, "first", job_id)
+    ref = JobRef(JobKind.TRAIN, "first", job_id)
     revision = await world.core.records.read(ref)
     options = {**revision.record.options, "origin": {"dialect": "other", "endpoint": EP}}
     copied = replace(revision.record, id="copy", options=options)
@@ -284,7 +285,7 @@ async def test_a_ttl_lets_a_finished_job_go_sooner_and_never_later(world: World)
     job_id = await world.submit()
     assert (await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl=10000")).json()["status"] == "IN_QUEUE"
     await world.fail(job_id)
-    ref = life.JobRef(life.JobKind.TRAIN, "first", job_id)
+    ref = JobRef(JobKind.TRAIN, "first", job_id)
     for ttl, kept_s in (("60000", 60), ("99999999999", 60), ("10000", 10)):
         assert (await world.call("GET", f"/v2/{EP}/status/{job_id}?ttl={ttl}")).json()["status"] == "FAILED"
         keep_until = (await world.core.records.read(ref)).record.times.keep_until
@@ -499,7 +500,7 @@ async def test_the_stream_of_a_cancelled_job_is_gone_after_a_minute(world: World
     await world.call("POST", f"/v2/{EP}/cancel/{job_id}")
     answer = await world.call("GET", f"/v2/{EP}/stream/{job_id}")
     assert answer.json() == {"id": job_id, "status": "CANCELLED", "stream": []}
-    ref = life.JobRef(life.JobKind.TRAIN, "first", job_id)
+    ref = JobRef(JobKind.TRAIN, "first", job_id)
     minute = 61_000
     revision = await world.core.records.read(ref)
     times = replace(revision.record.times, ended=revision.record.times.ended - minute)

@@ -16,7 +16,7 @@ from aiohttp import web
 from services.adapters.clock import RealClock
 from services.adapters.egress import Egress, EgressPolicy
 from services.adapters.memory import ManualClock, MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import DeadlineExceeded, EgressRefused, Unavailable
 from services.domain.job import JobFailure, JobKind, JobRecord, JobRef, Limits
 from services.domain.ports import Revision

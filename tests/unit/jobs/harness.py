@@ -10,7 +10,7 @@ from likeness.job.v1.job_pb2 import JobOptions
 from likeness.training.v1.training_job_pb2 import TrainingSpec
 
 from services.adapters.memory import MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.job import JobKind, JobRecord, JobRef, Limits
 from services.domain.ports import Beat, Revision
 from services.jobs.admission import Application

@@ -7,9 +7,17 @@ from likeness.inference.v1.generation_job_pb2 import GenerationSpec
 from likeness.job.v1.job_pb2 import JobOptions, JobOrigin, JobPolicy, JobPriority
 
 from services.adapters.memory import ManualClock, MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import AlreadyExists, InvalidSpec, NotFound, QueueFull, Unavailable, WrongState
-from services.domain.job import MAX_RECORD_BYTES, JobRecord, JobState, Limits
+from services.domain.job import (
+    MAX_RECORD_BYTES,
+    PRIORITY_HIGH,
+    JobFailure,
+    JobRecord,
+    JobState,
+    Limits,
+    Stage,
+)
 from services.jobs.admission import limits_of
 from services.jobs.core import JobCore
 from services.jobs.documents import CachedDocuments
@@ -197,7 +205,7 @@ async def test_options_that_fit_nowhere_are_refused(core: JobCore) -> None:
 def test_limits_come_from_the_policy_and_the_defaults() -> None:
     policy = JobPolicy(execution_timeout=Duration(seconds=5), priority=JobPriority.JOB_PRIORITY_HIGH)
     limits = limits_of(policy, Limits(ttl_ms=77))
-    assert (limits.execution_timeout_ms, limits.ttl_ms, limits.priority) == (5000, 77, life.PRIORITY_HIGH)
+    assert (limits.execution_timeout_ms, limits.ttl_ms, limits.priority) == (5000, 77, PRIORITY_HIGH)
 
 
 def test_all_limits_out_of_range_are_named() -> None:
@@ -214,7 +222,7 @@ STATES = {
     "queued": drawing("a"),
     "taken": life.take(drawing("a"), 1, "w", 0),
     "begun": life.heard(life.take(drawing("a"), 1, "w", 0)),
-    "drawing": life.report_stage(life.take(drawing("a"), 1, "w", 0), 1, life.Stage.DRAWING, ""),
+    "drawing": life.report_stage(life.take(drawing("a"), 1, "w", 0), 1, Stage.DRAWING, ""),
 }
 
 
@@ -234,7 +242,7 @@ async def test_a_job_that_has_ended_is_cancelled_without_change(
     taken = life.take(drawing("a"), 1, "w", 0)
     ended = {
         "succeeded": life.report_finished(taken, 1, {}, 0),
-        "failed": life.report_failed(taken, 1, life.JobFailure("X", "x"), False, 0),
+        "failed": life.report_failed(taken, 1, JobFailure("X", "x"), False, 0),
         "timed out": life.time_out(taken, "late", 0),
         "cancelled": life.cancel(taken, 0),
     }[state]

@@ -4,7 +4,7 @@ import pytest
 from likeness.job.v1.job_pb2 import Progress
 
 from services.adapters.memory import ManualClock, MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import InvalidSpec, StaleEpoch
 from services.domain.job import Checkpoint, JobFailure, JobKind, JobRecord, JobState, Limits, Stage
 from services.domain.ports import Revision

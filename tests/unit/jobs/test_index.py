@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from services.adapters.memory import MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import InvalidSpec
 from services.domain.job import JobKind, JobRecord, JobState, Limits
 from services.domain.ports import Revision

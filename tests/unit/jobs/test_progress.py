@@ -2,7 +2,7 @@ import pytest
 from likeness.job.v1.job_pb2 import Progress
 
 from services.adapters.memory import ManualClock, MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.job import JobRecord, Stage
 from services.jobs.progress import FORGOTTEN_S, ProgressBoard, stage_of
 from tests.unit.jobs.harness import drawing

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from services.adapters.memory import ManualClock, MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import NotFound, Unavailable
 from services.domain.job import JobFailure, JobKind, JobRecord, JobState, Limits, Phase
 from services.domain.ports import Revision

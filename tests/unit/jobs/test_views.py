@@ -2,13 +2,14 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from likeness.job.v1.job_pb2 import JobEvent, JobStage, JobState, Progress
+from likeness.job.v1.job_pb2 import JobEvent, JobStage, Progress
+from likeness.job.v1.job_pb2 import JobState as WireState
 from likeness.training.v1.training_job_pb2 import TrainingResult
 
 from services.adapters.memory import ManualClock, MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import InvalidSpec, NotFound
-from services.domain.job import Checkpoint, JobFailure, JobKind, Stage
+from services.domain.job import Checkpoint, JobFailure, JobKind, JobState, Stage
 from services.domain.ports import Revision
 from services.jobs.admission import as_json
 from services.jobs.views import progress_of, queue_status, states_of
@@ -26,7 +27,7 @@ async def test_a_training_shows_everything_its_record_holds(platform: MemoryPlat
     core = make_core(platform, JobKind.TRAIN)
     job = await core.views.training_job(Revision(with_checkpoint, 9, NOW), NOW + 6000)
     assert (job.job_id, job.project_id, job.sequence, job.attempt) == ("t", "p", 9, 1)
-    assert job.state == JobState.JOB_STATE_RUNNING
+    assert job.state == WireState.JOB_STATE_RUNNING
     assert job.stage == JobStage.JOB_STAGE_TRAINING
     assert job.spec.base_model == "pocket"
     assert job.worker_id == "w"
@@ -65,7 +66,7 @@ async def test_a_result_kept_as_a_document_is_shown(platform: MemoryPlatform) ->
 
 
 def test_progress_of_an_earlier_stage_gives_way_to_the_records_stage() -> None:
-    record = replace(training("t"), state=life.JobState.RUNNING, stage=Stage.EXPORTING)
+    record = replace(training("t"), state=JobState.RUNNING, stage=Stage.EXPORTING)
     latest = Progress(stage="JOB_STAGE_TRAINING", step=10, total_steps=10, fraction=0.85)
     shown = progress_of(record, latest)
     assert shown is not None
@@ -86,7 +87,7 @@ async def test_a_picture_in_the_progress_log_hides_no_numbers(platform: MemoryPl
 
 
 def test_states_of_the_wire_are_checked() -> None:
-    assert states_of([1, 6]) == {life.JobState.QUEUED, life.JobState.TIMED_OUT}
+    assert states_of([1, 6]) == {JobState.QUEUED, JobState.TIMED_OUT}
     for wrong in (0, 99):
         with pytest.raises(InvalidSpec):
             states_of([wrong])
@@ -148,7 +149,7 @@ async def test_watching_tells_every_event_and_the_progress_until_the_end(
         await watching
     words = [event.message or event.image_key or event.progress.step for event in events]
     assert words == ["admitted", "drawing", 4, "k", "done"]
-    assert events[-1].state == JobState.JOB_STATE_SUCCEEDED
+    assert events[-1].state == WireState.JOB_STATE_SUCCEEDED
 
 
 async def test_watching_goes_on_after_a_position(platform: MemoryPlatform) -> None:

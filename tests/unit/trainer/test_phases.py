@@ -14,7 +14,7 @@ from likeness.storage.v1 import artifact_pb2, model_pb2
 from likeness.training.v1 import training_job_pb2
 
 from services.adapters.memory import MemoryPlatform
-from services.domain import job as life
+from services.domain import life_cycle as life
 from services.domain.errors import (
     AlreadyExists,
     BadInput,
@@ -23,7 +23,7 @@ from services.domain.errors import (
     NotFound,
     Unavailable,
 )
-from services.domain.job import JobKind, JobRef, JobState, Limits, Phase, Stage
+from services.domain.job import JobFailure, JobKind, JobRecord, JobRef, JobState, Limits, Phase, Stage
 from services.domain.ports import Revision
 from services.jobs.views import latest_progress
 from services.trainer.drawing_jobs import DRAWING_TRIES
@@ -151,7 +151,7 @@ class House:
         self.storage, self.inference, self.spec = FakeStorage(), FakeInference(), spec
         self.pauses: list[float] = []
 
-        async def read_spec(_: life.JobRecord) -> training_job_pb2.TrainingSpec:
+        async def read_spec(_: JobRecord) -> training_job_pb2.TrainingSpec:
             return spec
 
         async def pause(seconds: float) -> None:
@@ -309,7 +309,7 @@ async def test_unusable_data_fails_the_job_with_its_field() -> None:
     await house.leader.lead(await house.admit())
     record = (await house.read()).record
     assert record.state is JobState.FAILED
-    assert record.error == life.JobFailure(
+    assert record.error == JobFailure(
         "BAD_INPUT",
         "concepts[0].instance_data: the archive holds no readable image",
         "concepts[0].instance_data",
@@ -505,7 +505,7 @@ async def test_a_job_that_has_ended_is_left_alone() -> None:
 
 def test_ids_of_drawings_differ_between_names_and_runs_only() -> None:
     record = life.admit_training(REF, spec={}, options={}, limits=Limits(), request="", now_ms=0)
-    failed = life.fail(record, life.JobFailure("X", "x"), 1)
+    failed = life.fail(record, JobFailure("X", "x"), 1)
     again = life.retry(failed, 2)
     names = {child_id(record, "a"), child_id(record, "b"), child_id(again, "a")}
     assert len(names) == 3

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.domain import job
+from services.domain import life_cycle as job
 from services.domain.errors import InvalidSpec, StaleEpoch, WrongState
 from services.domain.job import (
     FINAL_STATES,
+    MAX_ERROR_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_WHY_BYTES,
     Checkpoint,
     JobFailure,
     JobKind,
@@ -22,6 +25,8 @@ from services.domain.job import (
     Limits,
     Phase,
     Stage,
+    bounded_remarks,
+    whole_fraction,
 )
 
 S = JobState
@@ -346,9 +351,9 @@ def test_a_long_error_is_cut_to_what_a_record_holds() -> None:
     failed = job.fail(admitted(), JobFailure("INTERNAL", "x" * 50_000), 5)
 
     assert failed.error is not None
-    assert len(failed.error.message) == job.MAX_ERROR_BYTES
-    assert len(failed.why) == job.MAX_WHY_BYTES
-    assert len(failed.to_json()) < job.MAX_RECORD_BYTES
+    assert len(failed.error.message) == MAX_ERROR_BYTES
+    assert len(failed.why) == MAX_WHY_BYTES
+    assert len(failed.to_json()) < MAX_RECORD_BYTES
 
 
 @pytest.mark.parametrize("letter", ["x", "\N{GRINNING FACE}"])
@@ -365,7 +370,7 @@ def test_no_text_that_a_job_collects_makes_its_record_too_large(letter: str) -> 
         }
         for index in range(8)
     ]
-    inputs = {"datasets": datasets, "warnings": job.bounded_remarks([text] * 30)}
+    inputs = {"datasets": datasets, "warnings": bounded_remarks([text] * 30)}
     spec = {"text": "x" * 15_000}
     record = job.admit_training(
         JobRef(JobKind.TRAIN, "p" * 64, "j" * 64),
@@ -381,7 +386,7 @@ def test_no_text_that_a_job_collects_makes_its_record_too_large(letter: str) -> 
     failure = JobFailure("INTERNAL", text)
     tried_again = job.report_failed(record, 5, failure, True, 1)
     ended = job.fail(job.report_trained(record, 5, inputs), failure, 1)
-    assert max(len(each.to_json()) for each in (record, tried_again, ended)) <= job.MAX_RECORD_BYTES
+    assert max(len(each.to_json()) for each in (record, tried_again, ended)) <= MAX_RECORD_BYTES
 
 
 def test_a_job_within_its_limits_is_not_overdue() -> None:
@@ -410,12 +415,12 @@ def test_a_later_wish_does_not_lengthen_retention() -> None:
 def test_the_fraction_of_the_whole_never_falls_from_stage_to_stage() -> None:
     order = [Stage.FETCHING, Stage.CLASS_IMAGES, Stage.TRAINING, Stage.EXPORTING, Stage.UPLOADING]
     order += [Stage.DEPLOYING, Stage.SAMPLING]
-    fractions = [job.whole_fraction(stage, step, 4) for stage in order for step in range(6)]
+    fractions = [whole_fraction(stage, step, 4) for stage in order for step in range(6)]
 
     assert fractions == sorted(fractions)
     assert fractions[0] == 0.0
     assert fractions[-1] == pytest.approx(1.0)
-    assert job.whole_fraction(Stage.DRAWING, 3, 0) == 0.05
+    assert whole_fraction(Stage.DRAWING, 3, 0) == 0.05
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "*", ">", "a b", "ä", "x" * 65, "line\n", "a/b"])
