@@ -5,6 +5,8 @@ On the server an interceptor turns every exception into a `google.rpc.Status` th
 read `domain/errors.py` and decide nothing themselves.
 """
 
+import asyncio
+import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -40,6 +42,14 @@ MAX_TEXT = 1000
 """Longest error text in characters: with the details it must fit into gRPC's 8 KiB of trailing metadata."""
 MAX_VIOLATIONS_BYTES = 2500
 """Largest size of the broken rules that travel as details; the text names as many as it has room for."""
+
+MAX_READ_OUT = 256
+"""Messages of a refused stream of requests that are read and thrown away, so that the refusal arrives."""
+READ_OUT_S = 5.0
+"""Time that this may take."""
+
+_CUT_WHILE_SENDING = "Internal error from Core"
+"""What gRPC says to a caller that was sending when the other side ended the call."""
 
 _CLASS_OF_CODE: dict[grpc.StatusCode, type[LikenessError]] = {
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
@@ -111,6 +121,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> LikenessError:
             return _made(class_of(info.reason), text, status)
     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidSpec(text)
+    if text.startswith(_CUT_WHILE_SENDING):
+        return Unavailable("the call was ended while it was being sent")
     kind = _CLASS_OF_CODE.get(error.code(), Internal)
     return kind(f"{error.code().name}: {text}" if kind is Internal else text)
 
@@ -165,9 +177,26 @@ def _guarded_unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            await _read_out(request)
             return await abort(context, error)
 
     return guarded
+
+
+async def _read_out(request: Any) -> None:
+    """Reads what a caller is still sending, within limits, before it is refused.
+
+    A caller whose message meets an ended call gets gRPC's own "Internal error from Core" in place of our answer.
+    """
+    if not hasattr(request, "__aiter__"):
+        return
+    left = MAX_READ_OUT
+    with contextlib.suppress(TimeoutError, grpc.RpcError):
+        async with asyncio.timeout(READ_OUT_S):
+            async for _ in request:
+                left -= 1
+                if left == 0:
+                    return
 
 
 def _guarded_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
