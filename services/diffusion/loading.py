@@ -6,6 +6,7 @@ configs here, so that no other code assumes those of Stable Diffusion 1.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -290,6 +291,7 @@ def quiet_libraries() -> None:
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _unusable(part: str, error: Exception) -> BadInput:
