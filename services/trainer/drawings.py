@@ -75,7 +75,9 @@ class ClassImages:
 
 
 def has_prior(spec: training_job_pb2.TrainingSpec, concept: training_job_pb2.Concept) -> bool:
-    """Whether this concept trains with prior preservation: its own switch, else the job's."""
+    """Whether this concept trains with prior preservation: its own switch, else the job's; never with weight zero."""
+    if spec.HasField("prior_loss_weight") and spec.prior_loss_weight == 0:
+        return False
     if concept.HasField("with_prior_preservation"):
         return concept.with_prior_preservation
     return spec.with_prior_preservation

@@ -65,6 +65,9 @@ answer leaves the job where it is, for the next tick to begin again; anything el
 IMPORT_TIMEOUT_S: Final = 1800.0
 """Longest time for one archive: download, checks, decoding, storing."""
 
+DRAWN_FOLDER: Final = "/drawn"
+"""Where a data set has its drawn pictures; an uploaded one never has an absolute name."""
+
 CLASS_DATA_IGNORED: Final = "the class pictures given are not used: prior preservation is off"
 
 ReadSpec = Callable[[JobRecord], Awaitable[training_job_pb2.TrainingSpec]]
@@ -283,7 +286,7 @@ class TrainingLeader:
         pictures = [
             *plan.given,
             *(
-                artifact_pb2.DatasetImage(id=f"drawn/{number:04d}.png", key=key)
+                artifact_pb2.DatasetImage(id=f"{DRAWN_FOLDER}/{number:04d}.png", key=key)
                 for number, key in sorted(plan.drawn.items())
             ),
         ]

@@ -250,6 +250,25 @@ async def test_without_prior_preservation_no_class_picture_is_read_or_drawn() ->
     assert CLASS_DATA_IGNORED in (record.prepared or {})["warnings"]
 
 
+async def test_a_class_term_of_weight_zero_asks_for_no_class_picture() -> None:
+    house = House(a_spec(prior_loss_weight=0.0))
+    await house.leader.lead(await house.admit())
+    assert house.inference.order == []
+    assert (await house.read()).record.ready
+
+
+async def test_an_uploaded_picture_cannot_take_the_name_of_a_drawn_one() -> None:
+    spec = a_spec()
+    spec.concepts[0].class_data.archive_url = "http://x/3"
+    house = House(spec)
+    await house.leader.lead(await house.admit())
+    [images] = house.storage.datasets.values()
+    assert [image.id for image in images if image.id.startswith("/")] == [
+        "/drawn/0000.png",
+        "/drawn/0001.png",
+    ]
+
+
 async def test_pictures_drawn_before_are_found_again() -> None:
     house = House(a_spec())
     await house.leader.lead(await house.admit())
