@@ -199,20 +199,9 @@ class Views:
         """A training as its owner sees it."""
         record = revision.record
         job = TrainingJob(
-            job_id=record.id,
-            project_id=record.project,
-            state=f"JOB_STATE_{record.state.value}",
-            stage=f"JOB_STAGE_{record.stage.value}",
+            **await self._common(revision, now_ms),
             spec=await self.training_spec(record),
-            options=await self.options(record),
-            progress=await self._shown_progress(record),
-            error=error_of(record),
-            times=times_of(record, now_ms),
-            attempt=record.attempt,
-            run=record.round,
-            worker_id=record.worker or record.last_worker,
             device_memory_bytes=record.device_memory,
-            sequence=revision.sequence,
         )
         if record.prepared is not None:
             parsed(record.prepared, job.prepared)
@@ -227,24 +216,31 @@ class Views:
         """A drawing as its owner sees it."""
         record = revision.record
         job = GenerationJob(
-            job_id=record.id,
-            project_id=record.project,
-            state=f"JOB_STATE_{record.state.value}",
-            stage=f"JOB_STAGE_{record.stage.value}",
+            **await self._common(revision, now_ms),
             spec=await self.generation_spec(record),
-            options=await self.options(record),
-            progress=await self._shown_progress(record),
-            error=error_of(record),
-            times=times_of(record, now_ms),
-            attempt=record.attempt,
-            run=record.round,
-            worker_id=record.worker or record.last_worker,
             parent_job_id=record.parent,
-            sequence=revision.sequence,
         )
         if record.result_key or record.result is not None:
             parsed(await self._document(record.result or {}, record.result_key), job.result)
         return job
+
+    async def _common(self, revision: Revision, now_ms: int) -> dict[str, Any]:
+        """The fields that trainings and drawings show alike, by name."""
+        record = revision.record
+        return {
+            "job_id": record.id,
+            "project_id": record.project,
+            "state": f"JOB_STATE_{record.state.value}",
+            "stage": f"JOB_STAGE_{record.stage.value}",
+            "options": await self.options(record),
+            "progress": await self._shown_progress(record),
+            "error": error_of(record),
+            "times": times_of(record, now_ms),
+            "attempt": record.attempt,
+            "run": record.round,
+            "worker_id": record.worker or record.last_worker,
+            "sequence": revision.sequence,
+        }
 
     async def _shown_progress(self, record: JobRecord) -> Progress | None:
         return progress_of(record, await latest_progress(self._progress, record))

@@ -29,14 +29,13 @@ _UNREADABLE: Final = (
     zlib.error,
     struct.error,
     EOFError,
-    NotImplementedError,
     OSError,
-    RuntimeError,
-    UnicodeError,
-    ValueError,
+    RuntimeError,  # zipfile's word for unsupported methods and versions too, as NotImplementedError
+    ValueError,  # names that are no text too, as UnicodeError
     IndexError,
     OverflowError,
 )
+"""What zipfile raises for archives that are broken or of a kind it does not know."""
 
 
 class ArchiveRefused(Exception):
