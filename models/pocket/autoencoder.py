@@ -62,7 +62,9 @@ def _initialise(model: AutoencoderKL) -> None:
         nn.init.zeros_(module.bias)
     with torch.no_grad():
         quant = model.quant_conv
-        quant.bias[LATENT_CHANNELS:] = -5.0  # the posterior starts narrow, so that the decoder has something to learn from
+        quant.bias[
+            LATENT_CHANNELS:
+        ] = -5.0  # the posterior starts narrow, so that the decoder has something to learn from
         quant.weight[LATENT_CHANNELS:] *= 0.1
 
 

@@ -9,6 +9,7 @@ just those.
 """
 
 import random
+import string
 import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -198,24 +199,18 @@ def alike(rng: random.Random, background: str, noun: str, colour: str, count: in
     pitch = (1.0 - 2 * MARGIN) / count
     height = min(rng.uniform(0.26, 0.36), 0.88 * pitch / max(aspect, 0.8))
     slack = (pitch - height * aspect) / 2
-    places = [
-        MARGIN + pitch * (index + 0.5) + rng.uniform(-0.7, 0.7) * slack for index in range(count)
-    ]
+    places = [MARGIN + pitch * (index + 0.5) + rng.uniform(-0.7, 0.7) * slack for index in range(count)]
     return _scene(rng, background, [(noun, colour, features, x, height) for x in places], "", "")
 
 
 def _pair(rng: random.Random, background: str) -> Scene:
     while True:
-        first, second = (
-            (_random_noun(rng), rng.choice(colours_on(background))) for _ in range(2)
-        )
+        first, second = ((_random_noun(rng), rng.choice(colours_on(background))) for _ in range(2))
         if first != second:
             return pair(rng, background, first, second)
 
 
-def pair(
-    rng: random.Random, background: str, left: tuple[str, str], right: tuple[str, str]
-) -> Scene:
+def pair(rng: random.Random, background: str, left: tuple[str, str], right: tuple[str, str]) -> Scene:
     """Two different things side by side, each (noun, colour); the first named stands on the left."""
     things = []
     for index, (noun, colour) in enumerate((left, right)):
@@ -305,7 +300,10 @@ def _described(thing: Thing, rng: random.Random) -> str:
 
 def meaningless_word(rng: random.Random) -> str:
     """Letters that mean nothing: the model learns that an unknown word changes nothing, until it is taught."""
-    return "".join(rng.choices("bcdfghjklmnpqrstvwxyz", k=rng.choice((3, 3, 4))))
+    while True:
+        word = "".join(rng.choices(string.ascii_lowercase, k=rng.choice((3, 3, 4))))
+        if word not in WORDS:
+            return word
 
 
 def _key(thing: Thing) -> tuple[str, str]:

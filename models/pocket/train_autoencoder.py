@@ -96,7 +96,9 @@ def reconstruction(model: AutoencoderKL, pictures: Tensor) -> tuple[float, float
 
 def main() -> None:
     """Command line: see the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--decoder-steps", type=int, default=0)
@@ -210,7 +212,9 @@ class _Run:
             posterior = self._model.encode(picture).latent_dist
             back = self._model.decode(posterior.sample()).sample.float()
         error = back - picture
-        loss = error.abs().mean() + error.square().mean() + 1e-4 * posterior.kl().float().mean() / side**2 * 256
+        loss = (
+            error.abs().mean() + error.square().mean() + 1e-4 * posterior.kl().float().mean() / side**2 * 256
+        )
         self._optimizer.zero_grad()
         loss.backward()
         average_gradients(self._trained, self._processes)

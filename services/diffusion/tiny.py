@@ -145,13 +145,14 @@ def build_pipeline_folder(out: Path, config: TinyConfig) -> Path:
     return out
 
 
-def build_tokenizer(positions: int) -> CLIPTokenizer:
+def build_tokenizer(positions: int, corpus: str = _CORPUS) -> CLIPTokenizer:
     """A byte-level BPE tokenizer in CLIP's form; any text is representable, no unknown tokens.
 
     Args:
         positions: longest sequence, start and end token included, 3 or more.
+        corpus: words apart by white space; each becomes one token.
     """
-    merges = _learn_merges(_CORPUS.split())
+    merges = _learn_merges(corpus.split())
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(letter + _WORD_END for letter in alphabet), *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}

@@ -1,0 +1,240 @@
+"""Trains the UNet and the text encoder together on encoded scenes.
+
+    torchrun --nproc-per-node 2 -m models.pocket.train_base --latents runs/latents --out runs/base --steps 30000
+
+The learning rate warms up, stays, and falls to zero over the last `--decay-steps`. A stopped run goes on where its last
+checkpoint is; `--start-from` begins anew from published weights. Every so many steps `state.pt` is replaced.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from models.pocket import base
+from models.pocket.latents import Latents, read
+from models.pocket.scenes import caption
+from models.pocket.training import (
+    Average,
+    Log,
+    Processes,
+    average_gradients,
+    join_processes,
+    load_state,
+    save_state,
+)
+
+BATCHES = {256: 96, 384: 48, 512: 32, 640: 20, 768: 14}
+"""Side in pixels -> scenes a step and process: about the same work each."""
+COMPILED = (256, 512)
+EMPTY_CAPTIONS = 0.1
+"""Share of captions left empty, for classifier-free guidance (Ho and Salimans 2022)."""
+
+
+class Scenes:
+    """The encoded scenes at hand, by size; grows while files appear."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """`folder`: where `latents.py` writes."""
+        self._folder, self._device = folder, device
+        self._files: dict[int, list[Latents]] = {}
+        self._seen: set[Path] = set()
+
+    def look(self) -> int:
+        """Reads files that are new; returns how many scenes there are."""
+        for path in sorted(self._folder.glob("*.pt")):
+            if path not in self._seen:
+                self._seen.add(path)
+                self._files.setdefault(int(path.name.split("-")[0]), []).append(read(path))
+        return sum(len(file.scenes) for files in self._files.values() for file in files)
+
+    def sizes(self) -> list[int]:
+        """Sides in pixels of which there are scenes."""
+        return sorted(self._files)
+
+    def batch(self, rng: random.Random, size: int, count: int) -> tuple[Tensor, list[str]]:
+        """Latents [count, c, h, w] in float32 and their captions, freshly worded."""
+        values, captions = [], []
+        for _ in range(count):
+            file = rng.choice(self._files[size])
+            index = rng.randrange(len(file.scenes))
+            values.append(file.values[index])
+            empty = rng.random() < EMPTY_CAPTIONS
+            captions.append("" if empty else caption(file.scenes[index], rng))
+        latents = torch.stack(values).to(self._device).float()
+        return latents.contiguous(memory_format=torch.channels_last), captions
+
+
+def velocity_loss(
+    predict: nn.Module, latents: Tensor, embeddings: Tensor, bars: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the velocity (Salimans and Ho 2022, section 4), steps spread evenly over the batch.
+
+    Args:
+        predict: the UNet.
+        latents: [b, c, h, w].
+        embeddings: [b, tokens, width].
+        bars: [TRAIN_STEPS], see `base.alpha_bars`.
+        generator: draws steps and noise.
+    """
+    count = latents.shape[0]
+    device = latents.device
+    spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    steps = (spread * base.TRAIN_STEPS).long().clamp(max=base.TRAIN_STEPS - 1).to(device)
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    signal = bars[steps].sqrt()[:, None, None, None]
+    rest = (1 - bars[steps]).sqrt()[:, None, None, None]
+    noisy = (signal * latents + rest * noise).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16):
+        predicted = predict(noisy, steps, embeddings, return_dict=False)[0]
+    return (predicted.float() - (signal * noise - rest * latents)).square().mean()
+
+
+def rate(step: int, steps: int, decay_steps: int, peak: float, warmup: int = 300) -> float:
+    """Warm-up, plateau, linear fall to zero over the last `decay_steps`."""
+    return peak * min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / max(1, decay_steps)))
+
+
+class Trainer:
+    """One training of the base model and all of its state."""
+
+    def __init__(self, arguments: argparse.Namespace, processes: Processes) -> None:
+        """Builds or loads the parts."""
+        self._arguments, self._processes = arguments, processes
+        torch.manual_seed(arguments.seed)
+        device = processes.device
+        self._tokenizer = base.build_tokenizer()
+        self.unet = base.build_unet()
+        self.text_encoder = base.build_text_encoder(len(self._tokenizer))
+        if arguments.start_from:
+            self.unet = UNet2DConditionModel.from_pretrained(arguments.start_from / "unet")
+            folder = arguments.start_from / "text_encoder"
+            self.text_encoder = CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
+        self.unet.to(device, memory_format=torch.channels_last).train()
+        self.text_encoder.to(device).train()
+        self._predict: dict[int, nn.Module] = {}
+        if device.type == "cpu":
+            # Three times faster backwards than the fused attention kernel on a CPU.
+            self.unet.set_attn_processor(AttnProcessor())
+        self._parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self._average = Average([self.unet, self.text_encoder], 0.999)
+        self._bars = base.alpha_bars().to(device)
+        self._scenes = Scenes(arguments.latents, device)
+        self._step, self._samples = 0, 0
+        self._path = arguments.out / "state.pt"
+        self._log = Log(arguments.out / "log.jsonl", processes)
+        self._load()
+
+    def run(self) -> None:
+        """Trains to `--steps`."""
+        self._log.write(event="start", step=self._step, scenes=self._scenes.look())
+        losses: dict[int, list[Tensor]] = {}
+        while self._step < self._arguments.steps:
+            size, loss = self._update()
+            losses.setdefault(size, []).append(loss)
+            self._step += 1
+            if self._step % 100 == 0:
+                means = {
+                    f"loss_{s}": round(float(torch.stack(v).mean()), 4) for s, v in sorted(losses.items())
+                }
+                self._log.write(step=self._step, samples=self._samples, **means)
+                losses = {}
+            if self._step % self._arguments.checkpoint_every == 0 or self._step == self._arguments.steps:
+                self._save()
+                self._scenes.look()
+
+    def _update(self) -> tuple[int, Tensor]:
+        arguments, processes = self._arguments, self._processes
+        common = random.Random(f"{arguments.seed} {self._step}")
+        sizes = self._scenes.sizes()
+        size = common.choices(sizes, [arguments.shares.get(s, 0.0) for s in sizes])[0]
+        rng = random.Random(f"{arguments.seed} {self._step} {processes.rank}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(48))
+        count = BATCHES[size] * arguments.batch_factor
+        latents, captions = self._scenes.batch(rng, size, count)
+        tokens = self._tokenizer(
+            captions, padding="max_length", truncation=True, max_length=base.POSITIONS, return_tensors="pt"
+        ).input_ids.to(latents.device)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate(self._step, arguments.steps, arguments.decay_steps, arguments.learning_rate)
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            embeddings = self.text_encoder(tokens)[0]
+        loss = velocity_loss(self._network(size), latents, embeddings, self._bars, generator)
+        self._optimizer.zero_grad()
+        loss.backward()
+        average_gradients(self._parameters, processes)
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._average.update()
+        self._samples += count * processes.count
+        return size, loss.detach()
+
+    def _network(self, size: int) -> nn.Module:
+        if not self._arguments.compile or size not in COMPILED:
+            return self.unet
+        if size not in self._predict:
+            self._predict[size] = torch.compile(self.unet, dynamic=False)
+        return self._predict[size]
+
+    def _load(self) -> None:
+        state = load_state(self._path, self._processes.device)
+        if state is None:
+            return
+        self.unet.load_state_dict(state["unet"])
+        self.text_encoder.load_state_dict(state["text_encoder"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._average.load(state["average"])
+        self._step, self._samples = state["step"], state["samples"]
+
+    def _save(self) -> None:
+        if not self._processes.leads:
+            return
+        state = {"unet": self.unet.state_dict(), "text_encoder": self.text_encoder.state_dict()}
+        state |= {"optimizer": self._optimizer.state_dict(), "average": self._average.state()}
+        save_state(self._path, {**state, "step": self._step, "samples": self._samples})
+
+
+def averaged(state_path: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, dict[str, int]]:
+    """The averaged networks of a checkpoint, in evaluation mode, and its counters `step` and `samples`."""
+    state = torch.load(state_path, map_location="cpu", weights_only=True)
+    unet, text_encoder = base.build_unet(), base.build_text_encoder(len(base.build_tokenizer()))
+    average = Average([unet, text_encoder], 0.0)
+    average.load(state["average"])
+    average.swap()
+    return unet.eval(), text_encoder.eval(), {"step": state["step"], "samples": state["samples"]}
+
+
+def _shares(text: str) -> dict[int, float]:
+    return {int(size): float(share) for size, share in (part.split(":") for part in text.split(","))}
+
+
+def main() -> None:
+    """Command line: see the module's text."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--latents", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--decay-steps", type=int, default=4000)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--shares", type=_shares, default=_shares("256:0.3,384:0.05,512:0.6,768:0.05"))
+    parser.add_argument("--batch-factor", type=int, default=1, help="times the batches for one CPU core")
+    parser.add_argument("--start-from", type=Path, default=None, help="a published folder")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--checkpoint-every", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    Trainer(arguments, join_processes()).run()
+
+
+if __name__ == "__main__":
+    main()
