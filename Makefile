@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-SOURCES := services tests examples
+SOURCES := services models tests examples
 
 # pip reads its own environment and configuration: a source of CPU wheels set there is honoured.
 INSTALLED := $(VENV)/.installed
@@ -71,4 +71,4 @@ bench: setup  ## speed and memory, as ratios against peers
 
 clean:  ## remove what is built; keeps .venv and the platform's data in .likeness
 	rm -rf gen build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find services tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find services models tests -name __pycache__ -type d -prune -exec rm -rf {} +

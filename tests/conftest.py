@@ -12,9 +12,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in the embedded model's shape: 512 px native, VAE factor 32, 12 latent channels. Read only."""
-    return _build(tmp_path_factory, "embedded")
+def deep_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a deep autoencoder: 512 px native, VAE factor 32, 12 latent channels. Read only."""
+    return _build(tmp_path_factory, "deep")
+
+
+@pytest.fixture(scope="session")
+def pocket_model_dir() -> Path:
+    """The embedded model as it ships, trained weights and all. Read only."""
+    from services.storage.catalogue import EMBEDDED_WEIGHTS
+
+    return EMBEDDED_WEIGHTS
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.pocket import autoencoder
 from models.pocket.drawing import draw, texture
-from models.pocket.scenes import Scene, one_thing, random_scene
+from models.pocket.scenes import Scene, random_scene
 from models.pocket.training import (
     Average,
     Log,

@@ -9,6 +9,7 @@ checkpoint is; `--start-from` begins anew from published weights. Every so many 
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -117,7 +118,7 @@ class Trainer:
             self.text_encoder = CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
         self.unet.to(device, memory_format=torch.channels_last).train()
         self.text_encoder.to(device).train()
-        self._predict: dict[int, nn.Module] = {}
+        self._predict: dict[int, Any] = {}
         if device.type == "cpu":
             # Three times faster backwards than the fused attention kernel on a CPU.
             self.unet.set_attn_processor(AttnProcessor())

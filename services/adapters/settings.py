@@ -325,7 +325,7 @@ class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelS
         "", "Where blobs and manifests are kept: folder:PATH; empty: artifacts under LIKENESS_HOME."
     )
     models: Path | None = setting(
-        None, "TOML catalogue of base models; default: only the embedded model under LIKENESS_HOME."
+        None, "TOML catalogue of base models; default: only the one that ships, pocket."
     )
     bootstrap_key_file: Path | None = setting(
         None, "File that holds the key of a development project; made, mode 0600, where it is missing."

@@ -9,13 +9,11 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
 
-from services.adapters.leash import leashed
-from services.adapters.settings import EMBEDDED_MODEL, LauncherSettings, load_or_exit
+from services.adapters.settings import LauncherSettings, load_or_exit
 from services.launcher import plan
 from services.launcher.home import Home, InUse
 from services.launcher.supervisor import StartFailed, Supervisor
@@ -80,7 +78,6 @@ async def _serve(settings: LauncherSettings, home: Home, verbose: bool) -> None:
 
 
 async def _run(supervisor: Supervisor, settings: LauncherSettings, home: Home, url: str) -> None:
-    await _build_embedded_model(home)
     await supervisor.start()
     _tell_ready(settings, home, url)
     await supervisor.watch()
@@ -110,29 +107,6 @@ async def _stop(supervisor: Supervisor) -> None:
     if not ending.done():
         supervisor.kill_all()
     await ending
-
-
-async def _build_embedded_model(home: Home) -> None:
-    """Makes the embedded base model at the first start; a half-made one is never seen."""
-    target, waiting = home.models / EMBEDDED_MODEL, home.models / f".{EMBEDDED_MODEL}.new"
-    if target.exists():
-        return
-    _say("preparing the embedded base model")
-    shutil.rmtree(waiting, ignore_errors=True)
-    home.models.mkdir(exist_ok=True)
-    command = leashed(sys.executable, "-m", "services.diffusion.tiny", "--out", str(waiting))
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    output, _ = await process.communicate()
-    if process.returncode != 0:
-        raise StartFailed(
-            "the embedded base model could not be made:\n" + output.decode(errors="replace")[-2000:]
-        )
-    waiting.rename(target)
 
 
 def _tell_ready(settings: LauncherSettings, home: Home, url: str) -> None:

@@ -26,7 +26,6 @@ class Home:
         self.streams = self.path / "nats"
         self.nats_config = self.path / "nats-server.conf"
         self.api_key = self.path / "api-key"
-        self.models = self.path / "models"
         self.state = self.path / "platform.json"
 
     @contextmanager

@@ -1,8 +1,8 @@
 """The catalogue: models that every project may use, as a TOML file names them.
 
     [pocket]
-    source = "embedded"                     # the folder models/pocket of the embedded platform
-    note = "random weights: pictures are noise"
+    source = "embedded"                     # the model that ships with this distribution: models/pocket/weights
+    native_size_px = 512
 
     [sd-v1-5]
     source = "hf:REPO@REVISION"             # or file:PATH of a diffusers folder
@@ -51,7 +51,8 @@ from services.storage.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_NOTE: Final = "random weights: pictures are noise"
+EMBEDDED_WEIGHTS: Final = Path(__file__).resolve().parents[2] / "models" / EMBEDDED_MODEL / "weights"
+"""The released folder: beside the services in a checkout and in an installed wheel alike."""
 
 
 class EntryDefaults(BaseModel):
@@ -72,7 +73,7 @@ class CatalogueEntry(BaseModel):
     """One model of the catalogue.
 
     Attributes:
-        source: `embedded`, `hf:REPO[@REV]` or `file:PATH`.
+        source: `embedded` (the model that ships), `hf:REPO[@REV]` or `file:PATH`.
         config: of a model that is one file, `file:PATH` of a diffusers folder with configs, tokenizer and scheduler;
             weights in it are left alone. Empty for all others.
         family: whose add-ons fit; empty: told from the files.
@@ -127,7 +128,13 @@ class CatalogueEntry(BaseModel):
 
 
 DEFAULT_CATALOGUE: Final[Mapping[str, CatalogueEntry]] = {
-    EMBEDDED_MODEL: CatalogueEntry(source="embedded", display_name="Pocket", note=EMBEDDED_NOTE)
+    EMBEDDED_MODEL: CatalogueEntry(
+        source="embedded",
+        display_name="Pocket",
+        native_size_px=512,
+        note="draws flat scenes of shapes and figures; its prompts are those of models/pocket/scenes.py",
+        training_defaults=EntryDefaults(full_learning_rate=3e-4, num_class_images=48),
+    )
 }
 
 
@@ -163,14 +170,14 @@ class CataloguePlaces:
     """Where the catalogue finds and puts files.
 
     Attributes:
-        home: data folder of the embedded platform; `embedded` models are below its `models`.
         work: folder for downloads, on the store's file system where that can be.
         hub_endpoint: address of the model hub; None: its own.
+        embedded: diffusers folder of the model that ships.
     """
 
-    home: Path
     work: Path
     hub_endpoint: str | None = None
+    embedded: Path = EMBEDDED_WEIGHTS
 
 
 class Catalogue:
@@ -251,13 +258,13 @@ class Catalogue:
         except LikenessError as error:
             if not await self._registry.has("", model):
                 raise
-            logger.warning("model kept as it was", extra={"model": model, "why": str(error)})
+            logger.warning("model kept as it was: %s", error, extra={"model": model})
 
     async def _import_logged(self, model: str) -> None:
         try:
             await self._import_or_keep(model)
         except LikenessError as error:
-            logger.warning("model not imported", extra={"model": model, "why": str(error)})
+            logger.warning("model not imported: %s", error, extra={"model": model})
 
     async def _import(self, model: str) -> Model:
         try:
@@ -268,7 +275,7 @@ class Catalogue:
     async def _imported(self, model: str) -> Model:
         entry = self._entries[model]
         if entry.is_local:
-            return await self._import_folder(model, entry, self._local_path(model, entry), entry.source)
+            return await self._import_folder(model, entry, self._local_path(entry), entry.source)
         folder = self._places.work / f"hub-{hashlib.sha256(entry.source.encode()).hexdigest()[:16]}"
         try:
             name = entry.source.removeprefix("hf:")
@@ -328,10 +335,16 @@ class Catalogue:
             note=entry.note,
         )
 
-    def _local_path(self, model: str, entry: CatalogueEntry) -> Path:
-        if entry.source == "embedded":
-            return self._places.home / "models" / model
-        return Path(entry.source.removeprefix("file:"))
+    def _local_path(self, entry: CatalogueEntry) -> Path:
+        """Raises BadInput when the model that ships was left out of the installation."""
+        if entry.source != "embedded":
+            return Path(entry.source.removeprefix("file:"))
+        if not self._places.embedded.is_dir():
+            raise BadInput(
+                "the embedded model is missing: there is no folder models/pocket/weights beside the services; "
+                "install the whole distribution, or name another model with LIKENESS_MODELS and LIKENESS_BASE_MODEL"
+            )
+        return self._places.embedded
 
     async def _remove_departed(self) -> None:
         """Takes models out of the registry that an earlier catalogue named and this one does not."""

@@ -74,7 +74,7 @@ async def _made(
     blobs = Blobs(store, store.staging)
     registry = ModelRegistry(blobs, documents, _now_ms, settings.base_model)
     entries = read_catalogue(settings.models) if settings.models else DEFAULT_CATALOGUE
-    places = CataloguePlaces(settings.home, store.staging)
+    places = CataloguePlaces(store.staging)
     catalogue = Catalogue(entries, registry, blobs, documents, places)
     datasets = DatasetImporter(store, Egress(EgressPolicy(allow=settings.egress_allow)), store.staging)
     links = FileLinks(await signing_key(documents), _now_ms)

@@ -10,10 +10,10 @@ from diffusers import StableDiffusionPipeline
 
 from services.diffusion.drawing import Drawing, draw
 from services.diffusion.loading import Components, load_components, quiet_libraries
-from services.diffusion.tiny import EMBEDDED, build_pipeline_folder
 from services.inference.engine import Engine
 from services.inference.slot import open_slots
 from services.inference.stages import encode_image, finish
+from services.storage.catalogue import EMBEDDED_WEIGHTS
 from tests.bench.rows import Row, compare
 
 DRAWING = Drawing("a photo of a robot on the beach", "blurry", num_inference_steps=20, seed=1)
@@ -25,8 +25,7 @@ def rows() -> list[Row]:
     torch.set_num_threads(1)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        model = build_pipeline_folder(Path(folder) / "model", EMBEDDED)
-        components, pipeline = load_components(model), _pipeline(model)
+        components, pipeline = load_components(EMBEDDED_WEIGHTS), _pipeline(EMBEDDED_WEIGHTS)
         return [
             compare(
                 "one picture of 512 px, guided, 20 steps",

@@ -7,6 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+from services.storage.catalogue import EMBEDDED_WEIGHTS
+from services.storage.model_files import list_files
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -59,3 +63,11 @@ def test_a_process_starts_without_torch(module: str) -> None:
         check=False,
     )
     assert done.stderr.strip() == "[]"
+
+
+def test_the_wheel_holds_the_embedded_model_where_the_catalogue_looks_for_it() -> None:
+    held = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    files = [path.relative_to(ROOT).as_posix() for path in list_files(EMBEDDED_WEIGHTS).paths.values()]
+    assert "models/pocket/weights/unet/diffusion_pytorch_model.safetensors" in files
+    assert set(files) <= held
+    assert "services/storage/catalogue.py" in held

@@ -9,13 +9,14 @@ from services.adapters.grpc_client import Channel
 from services.adapters.settings import StorageSettings
 from services.adapters.storage_client import StorageClient
 from services.storage.server import Storage, running
-from tests.unit.storage.model_folders import write_model_folder
+from tests.unit.storage.model_folders import write_catalogue
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> StorageSettings:
-    write_model_folder(tmp_path / "home/models/pocket")
-    return StorageSettings(home=tmp_path / "home", storage_addr="127.0.0.1:0", grace_s=1.0)
+    home = tmp_path / "home"
+    catalogue = write_catalogue(home / "models.toml")
+    return StorageSettings(home=home, models=catalogue, storage_addr="127.0.0.1:0", grace_s=1.0)
 
 
 @pytest.fixture

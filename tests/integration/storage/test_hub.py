@@ -91,7 +91,7 @@ class World:
             self.registry,
             self.blobs,
             self.documents,
-            CataloguePlaces(home, home / "work", str(hub.server.make_url("")).rstrip("/")),
+            CataloguePlaces(home / "work", str(hub.server.make_url("")).rstrip("/")),
         )
 
 

@@ -18,7 +18,7 @@ from likeness.access.v1.access_service_pb2_grpc import AccessServiceStub
 from services.adapters.grpc_client import Channel
 from services.adapters.storage_client import StorageClient
 from services.domain.errors import Unavailable
-from tests.unit.storage.model_folders import write_model_folder
+from tests.unit.storage.model_folders import write_catalogue
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,23 +63,23 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 async def test_what_was_stored_survives_a_restart_and_a_kill(tmp_path: Path) -> None:
-    write_model_folder(tmp_path / "models/pocket")
+    catalogue = str(write_catalogue(tmp_path / "models.toml"))
     port = free_port()
     async with Channel(f"127.0.0.1:{port}") as channel:
         client = StorageClient(channel)
         access: Any = AccessServiceStub(channel)
-        with started(tmp_path, port) as process:
+        with started(tmp_path, port, LIKENESS_MODELS=catalogue) as process:
             secret = (tmp_path / "api-key").read_text().strip()
             assert (await access.CheckKey(CheckKeyRequest(secret=secret))).project.project_id == "dev"
             model = await client.get_model("dev")
             blob = await client.upload_bytes("dev", b"kept", "text/plain")
             link = await client.create_file_link("dev", blob.key, "a.txt")
             assert await asyncio.to_thread(ended, process) == 0
-        with started(tmp_path, port) as process:
+        with started(tmp_path, port, LIKENESS_MODELS=catalogue) as process:
             assert await client.get_model("dev") == model
             process.kill()
             await asyncio.to_thread(process.wait)
-        with started(tmp_path, port):
+        with started(tmp_path, port, LIKENESS_MODELS=catalogue):
             assert (tmp_path / "api-key").read_text().strip() == secret
             assert await client.read_bytes(blob.key) == b"kept"
             token = link.path.split("/")[2]

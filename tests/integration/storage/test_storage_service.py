@@ -141,9 +141,9 @@ async def test_stored_pictures_become_a_dataset(client: StorageClient) -> None:
         await client.create_dataset("other", images)
 
 
-async def test_the_embedded_model_is_the_default_base(client: StorageClient) -> None:
+async def test_the_model_called_pocket_is_the_default_base(client: StorageClient) -> None:
     model = await client.get_model("dev")
-    assert (model.model, model.manifest.note) == ("pocket", "random weights: pictures are noise")
+    assert (model.model, model.manifest.note) == ("pocket", "a small one")
     assert await client.read_manifest(model.manifest_key) == model.manifest
     assert [found.model for found in (await client.list_models("dev")).models] == ["pocket"]
 

@@ -130,8 +130,8 @@ def test_progress_counts_every_call(components: Components) -> None:
     assert seen == [(index, 5) for index in range(1, 6)]
 
 
-def test_size_between_two_latent_cells_is_kept_exactly(embedded_model_dir: Path) -> None:
-    loaded = load_components(embedded_model_dir)
+def test_size_between_two_latent_cells_is_kept_exactly(deep_model_dir: Path) -> None:
+    loaded = load_components(deep_model_dir)
     drawing = replace(DRAWING, width_px=72, height_px=104, num_inference_steps=1)
     assert draw(loaded, drawing).size == (72, 104)
 

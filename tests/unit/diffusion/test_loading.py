@@ -94,12 +94,12 @@ def test_single_file_draws_the_same_picture_as_the_folder(
 
 
 def test_single_file_of_another_architecture_is_refused(
-    sd1_model_dir: Path, embedded_model_dir: Path, tmp_path: Path
+    sd1_model_dir: Path, deep_model_dir: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.safetensors"
     save_single_file(load_components(sd1_model_dir), path)
     with pytest.raises(BadInput):
-        load_single_file(path, embedded_model_dir)
+        load_single_file(path, deep_model_dir)
 
 
 @pytest.fixture

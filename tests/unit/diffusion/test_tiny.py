@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from services.diffusion.loading import Components, load_components
-from services.diffusion.tiny import EMBEDDED, FIXTURE, build_pipeline_folder
+from services.diffusion.tiny import DEEP, FIXTURE, build_pipeline_folder
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -31,11 +31,11 @@ def test_another_seed_gives_other_weights_and_the_same_configs(tiny_model_dir: P
     }
 
 
-def test_embedded_shape_draws_512_pixels_through_the_plain_pipeline(embedded_model_dir: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(str(embedded_model_dir), local_files_only=True)
+def test_deep_shape_draws_512_pixels_through_the_plain_pipeline(deep_model_dir: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(str(deep_model_dir), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a robot", num_inference_steps=1).images[0].size == (512, 512)
-    assert EMBEDDED.native_size_px == 512
+    assert DEEP.native_size_px == 512
 
 
 def test_fixture_has_tensors_on_both_sides_of_the_8_bit_threshold(components: Components) -> None:
@@ -43,8 +43,8 @@ def test_fixture_has_tensors_on_both_sides_of_the_8_bit_threshold(components: Co
     assert max(sizes) >= 4096 > min(sizes)
 
 
-def test_numbers_of_a_model_come_from_its_configs(embedded_model_dir: Path) -> None:
-    loaded = load_components(embedded_model_dir)
+def test_numbers_of_a_model_come_from_its_configs(deep_model_dir: Path) -> None:
+    loaded = load_components(deep_model_dir)
     numbers = (loaded.vae_factor, loaded.native_size_px, loaded.model_max_length, loaded.latent_channels)
     assert numbers == (32, 512, 64, 12)
     assert (loaded.prediction_type, loaded.scaling_factor) == ("epsilon", 1.0)

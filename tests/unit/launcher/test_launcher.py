@@ -47,7 +47,6 @@ raise SystemExit(__main__.main())
 
 @pytest.fixture
 def platform(tmp_path: Path) -> Iterator[Platform]:
-    (tmp_path / "models" / "pocket").mkdir(parents=True)
     platform = Platform(tmp_path, command=[sys.executable, "-c", LAUNCHER])
     yield platform
     platform.stop()
@@ -104,7 +103,6 @@ def test_nothing_outlives_a_killed_launcher(platform: Platform) -> None:
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    (tmp_path / "models" / "pocket").mkdir(parents=True)
     platform = Platform(tmp_path, {"SLOW_S": "60"}, command=[sys.executable, "-c", LAUNCHER])
     platform.start()
     pids = platform.pids()

@@ -64,3 +64,10 @@ def write_model_folder(root: Path, unet: Mapping[str, Any] = TINY_UNET, fill: by
         path.write_text(json.dumps(content))
     (root / "tokenizer/merges.txt").write_text("#version: 0.2\n")
     return root
+
+
+def write_catalogue(path: Path) -> Path:
+    """A catalogue of one small model, called pocket as the default base is, in a folder beside the file."""
+    folder = write_model_folder(path.parent / "small")
+    path.write_text(f'[pocket]\nsource = "file:{folder}"\nnote = "a small one"\n')
+    return path

@@ -10,13 +10,14 @@ from services.domain.errors import BadInput, InvalidSpec, NotFound
 from services.storage.blobs import Blobs
 from services.storage.catalogue import (
     DEFAULT_CATALOGUE,
-    EMBEDDED_NOTE,
+    EMBEDDED_WEIGHTS,
     Catalogue,
     CatalogueEntry,
     CataloguePlaces,
     read_catalogue,
 )
 from services.storage.documents import Documents
+from services.storage.model_files import describe, list_files
 from services.storage.registry import ModelRegistry
 from tests.unit.storage.model_folders import write_model_folder, write_single_file
 
@@ -36,12 +37,13 @@ class World:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.embedded = home / "shipped"
         self.store = InMemoryArtifactStore()
         self.blobs = CountingBlobs(self.store, home / "work")
         self.registry = ModelRegistry(self.blobs, Documents(self.store), lambda: 1_700_000_000_000, "pocket")
 
     def catalogue(self, **entries: CatalogueEntry) -> Catalogue:
-        places = CataloguePlaces(self.home, self.home / "work")
+        places = CataloguePlaces(self.home / "work", embedded=self.embedded)
         return Catalogue(
             entries or DEFAULT_CATALOGUE, self.registry, self.blobs, Documents(self.store), places
         )
@@ -63,20 +65,56 @@ def entry_of(path: Path, **fields: object) -> CatalogueEntry:
 
 
 async def test_the_embedded_model_is_imported_by_default(world: World) -> None:
-    write_model_folder(world.home / "models/pocket")
+    write_model_folder(world.embedded)
     assert await world.start() == 10
     model = await world.registry.get("dev", "")
-    assert (model.model, model.project_id, model.manifest.note) == ("pocket", "", EMBEDDED_NOTE)
-    assert (model.manifest.format, model.manifest.native_size_px) == (MODEL_FORMAT_DIFFUSERS, 64)
+    assert (model.model, model.project_id, model.display_name) == ("pocket", "", "Pocket")
+    assert (model.manifest.format, model.manifest.native_size_px) == (MODEL_FORMAT_DIFFUSERS, 512)
+    assert model.manifest.training_defaults.full_learning_rate == 3e-4
+    assert model.manifest.training_defaults.num_class_images == 48
     assert len(model.manifest.components) == 10
     for component in model.manifest.components:
         assert component.key.startswith("shared/blobs/sha256/")
         stored = await world.blobs.read_small(component.key, 10_000)
-        assert stored == (world.home / "models/pocket" / component.path).read_bytes()
+        assert stored == (world.embedded / component.path).read_bytes()
+
+
+def test_the_model_that_ships_lies_beside_the_services() -> None:
+    assert EMBEDDED_WEIGHTS.parts[-3:] == ("models", "pocket", "weights")
+    assert (EMBEDDED_WEIGHTS.parents[2] / "services" / "storage" / "catalogue.py").is_file()
+    traits = describe(list_files(EMBEDDED_WEIGHTS))
+    assert traits.native_size_px == DEFAULT_CATALOGUE["pocket"].native_size_px
+
+
+async def test_embedded_means_the_same_model_under_any_id(world: World) -> None:
+    write_model_folder(world.embedded)
+    await world.start(mine=CatalogueEntry(source="embedded"))
+    assert len((await world.registry.get("", "mine")).manifest.components) == 10
+
+
+async def test_an_installation_without_the_embedded_model_says_what_to_do(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalogue = world.catalogue()
+    await catalogue.run()
+    assert "not imported: the embedded model is missing" in caplog.text
+    with pytest.raises(BadInput, match=r"models/pocket/weights .* LIKENESS_MODELS and LIKENESS_BASE_MODEL"):
+        await catalogue.ensure("pocket")
+
+
+async def test_a_home_with_an_earlier_embedded_model_gets_the_one_that_ships(world: World) -> None:
+    random = write_model_folder(world.home / "models/pocket")
+    await world.start(pocket=CatalogueEntry(source=f"file:{random}", note="random weights"))
+    write_model_folder(world.embedded, fill=b"\1")
+    assert await world.start() == 10
+    model = await world.registry.get("dev", "")
+    unet = next(c for c in model.manifest.components if c.path == "unet/diffusion_pytorch_model.safetensors")
+    assert await world.blobs.read_small(unet.key, 10_000) == (world.embedded / unet.path).read_bytes()
+    assert "random" not in model.manifest.note
 
 
 async def test_an_unchanged_model_is_not_read_again(world: World) -> None:
-    write_model_folder(world.home / "models/pocket")
+    write_model_folder(world.embedded)
     await world.start()
     before = await world.registry.get("", "pocket")
     assert await world.start() == 0
@@ -84,10 +122,10 @@ async def test_an_unchanged_model_is_not_read_again(world: World) -> None:
 
 
 async def test_a_changed_model_is_imported_again(world: World) -> None:
-    write_model_folder(world.home / "models/pocket")
+    write_model_folder(world.embedded)
     await world.start()
     before = await world.registry.get("", "pocket")
-    write_model_folder(world.home / "models/pocket", fill=b"\1")
+    write_model_folder(world.embedded, fill=b"\1")
     assert await world.start() == 10
     after = await world.registry.get("", "pocket")
     changed = {c.path for c in after.manifest.components} - {
@@ -199,7 +237,7 @@ async def test_a_model_whose_folder_went_away_is_kept(world: World) -> None:
 
 
 async def test_callers_wait_for_one_import(world: World) -> None:
-    write_model_folder(world.home / "models/pocket")
+    write_model_folder(world.embedded)
     catalogue = world.catalogue()
     await asyncio.gather(catalogue.run(), *(catalogue.ensure("pocket") for _ in range(5)))
     assert world.blobs.files == 10
