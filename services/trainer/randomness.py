@@ -24,6 +24,8 @@ class Purpose(StrEnum):
     TIMESTEP = "timestep"
     NOISE = "noise"
     DROPOUT = "dropout"
+    COND_DROPOUT = "cond_dropout"
+    LORA_INIT = "lora_init"
 
 
 Coordinate = int | str
@@ -43,6 +45,11 @@ def stream(seed: int, purpose: Purpose, *coordinates: Coordinate) -> np.random.G
 def uniform_integer(count: int, seed: int, purpose: Purpose, *coordinates: Coordinate) -> int:
     """Draws one integer uniformly from 0..count-1."""
     return int(stream(seed, purpose, *coordinates).integers(count))
+
+
+def uniform(seed: int, purpose: Purpose, *coordinates: Coordinate) -> float:
+    """Draws one number uniformly from 0..1, 1 left out."""
+    return float(stream(seed, purpose, *coordinates).random())
 
 
 def permutation(length: int, seed: int, purpose: Purpose, *coordinates: Coordinate) -> list[int]:
