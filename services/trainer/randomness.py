@@ -1,9 +1,9 @@
 """Counter-based randomness: every draw is a pure function of what it is for.
 
 A draw is named by the job's seed, a purpose and coordinates (epoch or update, sample id, occurrence). The name is
-hashed into the key of a Philox generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a draw
-depends neither on the batch layout, nor on the device, nor on how many numbers anything else has drawn, and a resumed
-run needs no generator state.
+hashed into the key of a Philox generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), or into
+the number itself (`uniform`), so a draw depends neither on the batch layout, nor on the device, nor on how many numbers
+anything else has drawn, and a resumed run needs no generator state.
 """
 
 import hashlib
@@ -19,7 +19,11 @@ class Purpose(StrEnum):
     """What a random number decides. Two purposes never share a stream."""
 
     ORDER = "order"
+    MULTIPLY = "multiply"
+    RATED = "rated"
     CROP = "crop"
+    FLIP = "flip"
+    TAGS = "tags"
     VAE = "vae"
     TIMESTEP = "timestep"
     NOISE = "noise"
@@ -48,8 +52,11 @@ def uniform_integer(count: int, seed: int, purpose: Purpose, *coordinates: Coord
 
 
 def uniform(seed: int, purpose: Purpose, *coordinates: Coordinate) -> float:
-    """Draws one number uniformly from 0..1, 1 left out."""
-    return float(stream(seed, purpose, *coordinates).random())
+    """Draws one number uniformly from 0..1 without 1: 53 bits of the hashed name itself, with no generator between.
+
+    Ten times as fast as a stream of its own, for draws that every sample of an epoch needs.
+    """
+    return (_key(seed, purpose, coordinates) >> 75) * 2.0**-53
 
 
 def permutation(length: int, seed: int, purpose: Purpose, *coordinates: Coordinate) -> list[int]:

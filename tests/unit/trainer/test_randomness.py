@@ -3,7 +3,15 @@
 import numpy as np
 import torch
 
-from services.trainer.randomness import Purpose, library_seed, normal, permutation, stream, uniform_integer
+from services.trainer.randomness import (
+    Purpose,
+    library_seed,
+    normal,
+    permutation,
+    stream,
+    uniform,
+    uniform_integer,
+)
 
 
 def test_a_draw_does_not_depend_on_what_was_drawn_before() -> None:
@@ -42,6 +50,20 @@ def test_timesteps_cover_their_range_evenly() -> None:
     assert np.abs(counts - 500).max() < 3 * (5000 * 0.1 * 0.9) ** 0.5 + 1
 
 
+def test_fractions_cover_their_range_evenly_and_never_reach_one() -> None:
+    draws = np.array([uniform(1, Purpose.FLIP, epoch, "a", 0) for epoch in range(5000)])
+    counts = np.bincount((draws * 10).astype(int), minlength=10)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert len(counts) == 10
+    assert np.abs(counts - 500).max() < 3 * (5000 * 0.1 * 0.9) ** 0.5 + 1
+
+
+def test_fractions_of_neighbouring_names_are_independent() -> None:
+    draws = np.array([[uniform(1, Purpose.FLIP, epoch, name, 0) for name in "ab"] for epoch in range(5000)])
+    assert abs(np.corrcoef(draws.T)[0, 1]) < 3 / 5000**0.5
+
+
 def test_permutations_are_orders_of_all_indices() -> None:
     orders = [permutation(6, 1, Purpose.ORDER, epoch) for epoch in range(20)]
     assert all(sorted(order) == list(range(6)) for order in orders)
@@ -53,8 +75,10 @@ def test_the_generator_is_pinned_to_its_version() -> None:
     assert uniform_integer(1000, 1337, Purpose.TIMESTEP, 0, "0/instance/0", 0) == PINNED_TIMESTEP
     assert library_seed(1337, Purpose.DROPOUT, 0) == PINNED_SEED
     assert stream(1337, Purpose.ORDER, 0).permutation(8).tolist() == PINNED_ORDER
+    assert uniform(1337, Purpose.FLIP, 0, "0/instance/0", 0) == PINNED_FRACTION
 
 
 PINNED_TIMESTEP = 335
 PINNED_SEED = 313551724340544626
 PINNED_ORDER = [3, 1, 7, 0, 2, 4, 6, 5]
+PINNED_FRACTION = 0.7462274985540484
