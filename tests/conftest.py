@@ -22,6 +22,7 @@ def pocket_model_dir() -> Path:
     """The embedded model as it ships, trained weights and all. Read only."""
     from services.storage.catalogue import EMBEDDED_WEIGHTS
 
+    _settle_torch()
     return EMBEDDED_WEIGHTS
 
 
@@ -32,11 +33,16 @@ def sd1_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(tmp_path_factory: pytest.TempPathFactory, preset: str) -> Path:
+    from services.diffusion.tiny import PRESETS, build_pipeline_folder
+
+    _settle_torch()
+    return build_pipeline_folder(tmp_path_factory.mktemp("models") / preset, PRESETS[preset])
+
+
+def _settle_torch() -> None:
     import torch
 
     from services.diffusion.loading import quiet_libraries
-    from services.diffusion.tiny import PRESETS, build_pipeline_folder
 
     torch.set_num_threads(1)
     quiet_libraries()
-    return build_pipeline_folder(tmp_path_factory.mktemp("models") / preset, PRESETS[preset])
