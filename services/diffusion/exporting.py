@@ -6,6 +6,7 @@ random weights), and a tokenizer gets its `vocab.json` and `merges.txt` beside `
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,25 @@ def _save_diffusers(
     return [Path(weights), Path(weights).with_name("config.json")]
 
 
-def _save_tensors(state: dict[str, torch.Tensor], path: Path, dtype: torch.dtype | None) -> None:
+def plain_tensors(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Tensors as they go into a file: on the CPU, contiguous, finite.
+
+    Args:
+        state: the tensors by name; they are left as they are.
+        dtype: precision of those in floating point; None keeps each one's own.
+
+    Raises:
+        ValueError: a tensor holds a value that is not finite, or that this precision cannot hold.
+    """
     tensors = {key: _plain(tensor, dtype) for key, tensor in state.items()}
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ValueError(f"not written: {len(broken)} tensors are not finite, first {broken[0]}")
-    save_file(tensors, path, metadata={"format": "pt"})
+    return tensors
+
+
+def _save_tensors(state: dict[str, torch.Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    save_file(plain_tensors(state, dtype), path, metadata={"format": "pt"})
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
