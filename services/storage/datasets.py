@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from likeness.storage.v1.artifact_pb2 import Dataset, DatasetImage, DatasetReport, SkippedFile
+from likeness.storage.v1.artifact_pb2 import (
+    CaptionTag,
+    Dataset,
+    DatasetImage,
+    DatasetReport,
+    ImageCaption,
+    ImageSettings,
+)
 from likeness.training.v1.training_job_pb2 import ImageSource
 
 from services.adapters.egress import Egress, with_field
@@ -26,6 +33,8 @@ from services.domain.errors import BadInput, InvalidSpec, NotFound
 from services.domain.ports import ArtifactStore
 from services.storage import decoding
 from services.storage.archives import ArchiveLimits
+from services.storage.captions import Description
+from services.storage.data_report import CAPTION_SOURCES, MAX_LISTED_FILES, duplicates, report_of, warnings_of
 from services.storage.decode_child import DecodeTask
 from services.storage.decoding import Decoded, DecodedImage, DecodeLimits, decode
 from services.storage.images import RefusalKind
@@ -33,8 +42,6 @@ from services.storage.images import RefusalKind
 logger = logging.getLogger(__name__)
 
 MAX_MANIFEST_BYTES: Final = 64 << 20
-MAX_NAMED_FILES: Final = 20
-"""So many files are named one by one in the warnings; the report names all."""
 
 _ZIP_SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06")
 _PNG_HEADER: Final = struct.Struct(">8s4x4sII")
@@ -95,7 +102,7 @@ class DatasetImporter:
         Args:
             project: owner of what is stored.
             source: an archive's URL, pictures' URLs, stored artifacts, or a dataset made earlier.
-            read_captions: also read captions beside the pictures.
+            read_captions: also read what files beside the pictures and in their folders say of them.
             min_usable_images: fewer usable pictures fail; 0: one is enough.
 
         Returns:
@@ -158,7 +165,10 @@ class DatasetImporter:
             raise BadInput("two pictures have the same id")
         described = [await self._described(project, image) for image in images]
         described.sort(key=lambda image: image.id)
-        report = DatasetReport(read=len(described), duplicates=_duplicates(described))
+        twice = duplicates((image.id, image.digest) for image in described)
+        report = DatasetReport(
+            read=len(described), duplicates=twice[:MAX_LISTED_FILES], duplicate_count=len(twice)
+        )
         return await self._store_manifest(project, Dataset(images=described, report=report))
 
     async def _import(self, project: str, source: ImageSource, read_captions: bool) -> Dataset:
@@ -240,17 +250,14 @@ class DatasetImporter:
         for image in decoded.images:
             await self._store.put_file(blob_key(project, image.digest), image.path)
             images.append(_listed(project, image))
-        report = DatasetReport(
-            read=len(images),
-            ignored=decoded.ignored,
-            skipped=[SkippedFile(id=file.id, why=file.why) for file in decoded.skipped],
-            duplicates=_duplicates(images),
-        )
-        dataset = Dataset(images=images, warnings=_warnings(images, report), report=report)
+        report = report_of(decoded)
+        dataset = Dataset(images=images, warnings=warnings_of(decoded, report), report=report)
         return await self._store_manifest(project, dataset)
 
     async def _store_manifest(self, project: str, dataset: Dataset) -> Dataset:
         data = to_json(dataset)
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BadInput(f"names and captions of the pictures take more than {MAX_MANIFEST_BYTES} bytes")
         digest = digest_of(data)
         key = blob_key(project, digest)
         async with self._folder() as folder:
@@ -329,7 +336,7 @@ def _example(skipped: Sequence[decoding.SkippedFile]) -> str:
 
 
 def _listed(project: str, image: DecodedImage) -> DatasetImage:
-    return DatasetImage(
+    listed = DatasetImage(
         id=image.id,
         key=blob_key(project, image.digest),
         digest=image.digest,
@@ -338,32 +345,34 @@ def _listed(project: str, image: DecodedImage) -> DatasetImage:
         caption=image.caption or "",
         size_bytes=image.size_bytes,
         source_type=image.type_name,
-        warnings=image.warnings,
+        warnings=[*image.changes, *image.faults],
+    )
+    if image.description is not None:
+        listed.caption_parts.CopyFrom(_caption_parts(image.description))
+        listed.settings.CopyFrom(_settings(image.description))
+    return listed
+
+
+def _caption_parts(description: Description) -> ImageCaption:
+    return ImageCaption(
+        main_prompt=description.main_prompt or "",
+        text=description.text or "",
+        tags=[CaptionTag(text=tag.text, weight=tag.weight) for tag in description.tags],
+        source=CAPTION_SOURCES[description.source],
+        max_caption_chars=description.max_caption_chars or 0,
     )
 
 
-def _duplicates(images: Sequence[DatasetImage]) -> list[str]:
-    """Ids of pictures whose pixels came before; equal pixels have equal digests."""
-    seen: set[str] = set()
-    found = []
-    for image in images:
-        if image.digest in seen:
-            found.append(image.id)
-        seen.add(image.digest)
-    return found
-
-
-def _warnings(images: Sequence[DatasetImage], report: DatasetReport) -> list[str]:
-    """What people should know, named file by file as far as that is readable."""
-    skipped = [f"{file.id} was skipped: {file.why}" for file in report.skipped]
-    twice = [f"{name} has the same pixels as an earlier picture" for name in report.duplicates]
-    changed = [f"{image.id}: {warning}" for image in images for warning in image.warnings]
-    return [*_some(skipped), *_some(twice), *_some(changed)]
-
-
-def _some(sentences: list[str]) -> list[str]:
-    rest = len(sentences) - MAX_NAMED_FILES
-    return sentences if rest <= 0 else [*sentences[:MAX_NAMED_FILES], f"and {rest} more like this"]
+def _settings(description: Description) -> ImageSettings:
+    return ImageSettings(
+        multiplier=description.multiplier,
+        rating=description.rating,
+        caption_dropout=description.caption_dropout,
+        flip_probability=description.flip_probability,
+        shuffle_tags=description.shuffle_tags,
+        loss_scale=description.loss_scale,
+        batch_id=description.batch_id or "",
+    )
 
 
 def _file_id(index: int, url: str) -> str:

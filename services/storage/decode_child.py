@@ -6,8 +6,8 @@ the parent (:mod:`services.storage.decoding`) only sees the end of a process.
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,8 @@ from services.storage.archives import (
     open_archive,
     read_entry,
 )
-from services.storage.captions import caption_names, is_sidecar, read_caption
+from services.storage.caption_files import MAX_FILE_BYTES, CaptionFiles, DescriptionFault, is_sidecar
+from services.storage.captions import Description
 from services.storage.images import (
     MAX_PIXELS,
     MIN_SIDE_PX,
@@ -36,6 +37,9 @@ from services.storage.images import (
 )
 from services.storage.sandbox import SandboxLimits, allow_cpu_seconds, confine
 
+MAX_REMARKS = 1000
+"""So many remarks on files of folders are passed on."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeTask:
@@ -46,7 +50,7 @@ class DecodeTask:
         archive: path of a zip archive; empty: `files` are pictures themselves.
         files: (id, path) of single pictures.
         start: index of the first item to decode; the ones before it were done by an earlier process.
-        read_captions: also report the text beside each picture.
+        read_captions: also report what the files beside each picture say of it.
         image_cpu_s: computing time for one picture.
     """
 
@@ -83,13 +87,14 @@ class Source(Protocol):
 
     ids: tuple[str, ...]
     ignored: int
+    remarks: Sequence[tuple[str, str]]
 
     def read(self, index: int) -> bytes:
         """One item's bytes. Raises EntryRefused."""
         ...
 
-    def caption(self, index: int) -> tuple[str | None, list[str]]:
-        """The text beside an item, None without any, and warnings about it."""
+    def describe(self, index: int) -> tuple[Description, list[str]]:
+        """What is said of an item, and warnings about that."""
         ...
 
 
@@ -100,22 +105,28 @@ class ArchiveSource:
         self._limits = task.archive_limits
         self._archive = open_archive(Path(task.archive))
         listing = list_entries(self._archive, self._limits)
-        sidecars = [entry for entry in listing.entries if is_sidecar(entry.id)]
-        self._sidecars = {entry.id: entry for entry in sidecars}
+        self._sidecars = {entry.id: entry for entry in listing.entries if is_sidecar(entry.id)}
         self._entries = tuple(entry for entry in listing.entries if entry.id not in self._sidecars)
         self.ids = tuple(entry.id for entry in self._entries)
-        self.ignored = listing.ignored + len(sidecars)
+        self.ignored = listing.ignored + len(self._sidecars)
+        self._captions = CaptionFiles(self._sidecars if task.read_captions else (), self._text)
+        self.remarks: Sequence[tuple[str, str]] = self._captions.remarks
 
     def read(self, index: int) -> bytes:
         """One entry's bytes. Raises EntryRefused."""
         return self._read(self._entries[index])
 
-    def caption(self, index: int) -> tuple[str | None, list[str]]:
-        """The strongest sidecar's text, None without any, and warnings about it."""
-        for name in caption_names(self.ids[index]):
-            if name in self._sidecars:
-                return read_caption(self._read(self._sidecars[name]))
-        return None, []
+    def describe(self, index: int) -> tuple[Description, list[str]]:
+        """What the texts beside an entry, and its name, say of it, and warnings about them."""
+        return self._captions.describe(self.ids[index])
+
+    def _text(self, name: str) -> bytes:
+        try:
+            return read_entry(
+                self._archive, self._sidecars[name], replace(self._limits, max_entry_bytes=MAX_FILE_BYTES)
+            )
+        except EntryRefused as error:
+            raise DescriptionFault(str(error)) from error
 
     def _read(self, entry: Entry) -> bytes:
         return read_entry(self._archive, entry, self._limits)
@@ -125,6 +136,7 @@ class FileSource:
     """Pictures that were fetched one by one."""
 
     ignored = 0
+    remarks: Sequence[tuple[str, str]] = ()
 
     def __init__(self, task: DecodeTask) -> None:
         self._paths = [Path(path) for _, path in task.files]
@@ -137,9 +149,9 @@ class FileSource:
             raise EntryRefused(f"is larger than {self._max_bytes} bytes")
         return self._paths[index].read_bytes()
 
-    def caption(self, index: int) -> tuple[str | None, list[str]]:
-        """Single pictures have nothing beside them."""
-        return None, []
+    def describe(self, index: int) -> tuple[Description, list[str]]:
+        """Single pictures have nothing beside them, and their addresses are no captions."""
+        return Description(), []
 
 
 def run(task: DecodeTask) -> Iterator[dict[str, Any]]:
@@ -157,7 +169,8 @@ def run(task: DecodeTask) -> Iterator[dict[str, Any]]:
     except ArchiveRefused as error:
         yield {"event": "refused", "why": str(error)}
         return
-    yield {"event": "listed", "total": len(source.ids), "ignored": source.ignored}
+    remarks = list(source.remarks[:MAX_REMARKS])
+    yield {"event": "listed", "total": len(source.ids), "ignored": source.ignored, "remarks": remarks}
     for index in range(task.start, len(source.ids)):
         yield {"event": "start", "index": index, "id": source.ids[index]}
         allow_cpu_seconds(task.image_cpu_s)
@@ -170,7 +183,7 @@ def _decode_one(task: DecodeTask, source: Source, index: int) -> dict[str, Any]:
     common = {"index": index, "id": name}
     try:
         picture = decode_image(source.read(index), max_pixels=task.max_pixels, min_side_px=task.min_side_px)
-        caption, warnings = source.caption(index) if task.read_captions else (None, [])
+        description, faults = source.describe(index) if task.read_captions else (None, [])
         stored = _store(picture, Path(task.folder) / f"{index:06d}.png")
     except ImageRefused as error:
         kind = error.kind
@@ -186,8 +199,9 @@ def _decode_one(task: DecodeTask, source: Source, index: int) -> dict[str, Any]:
         "event": "image",
         **common,
         **stored,
-        "caption": caption,
-        "warnings": [*picture.warnings, *warnings],
+        "description": None if description is None else description.to_message(),
+        "changes": list(picture.warnings),
+        "faults": faults,
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from services.adapters.child_process import ChildDied, ChildHung, ChildProcess
 from services.domain.errors import BadInput, Unavailable
+from services.storage.captions import Description, Source
 from services.storage.decode_child import DecodeTask
 from services.storage.images import RefusalKind
 
@@ -47,7 +48,9 @@ class DecodedImage:
         path: the PNG.
         digest: sha256 of the PNG, 64 hexadecimal digits; equal for equal pixels.
         type_name: type it was read from.
-        caption: text beside it; None without any.
+        description: what files beside it, or its name, say of it; None when that was not asked for.
+        changes: what was changed beyond the ordinary, as sentence parts.
+        faults: what in those files was not understood, likewise.
     """
 
     id: str
@@ -57,8 +60,15 @@ class DecodedImage:
     width_px: int
     height_px: int
     type_name: str
-    caption: str | None = None
-    warnings: tuple[str, ...] = ()
+    description: Description | None = None
+    changes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+    @property
+    def caption(self) -> str | None:
+        """The text that files give the picture; None without any: its name is not among them."""
+        found = self.description
+        return None if found is None or found.source in (None, Source.FILE_NAME) else found.caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +86,13 @@ class Decoded:
 
     Attributes:
         ignored: files that nobody meant as pictures.
+        remarks: ids of files that speak of folders and were not wholly understood, with what was wrong.
     """
 
     images: list[DecodedImage] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
     ignored: int = 0
+    remarks: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _Progress:
@@ -108,6 +120,7 @@ class _Progress:
             case "listed":
                 self.listed = True
                 self.decoded.ignored = event["ignored"]
+                self.decoded.remarks = [(name, why) for name, why in event["remarks"]]
             case "start":
                 self.current = (event["index"], event["id"])
             case "skip":
@@ -128,13 +141,16 @@ class _Progress:
         self.output_bytes += event["size_bytes"]
         if self.output_bytes > limits.max_output_bytes:
             raise BadInput(f"the pictures take more than {limits.max_output_bytes} bytes")
-        names = ("id", "digest", "size_bytes", "width_px", "height_px", "caption")
+        names = ("id", "digest", "size_bytes", "width_px", "height_px")
+        said = event["description"]
         self.decoded.images.append(
             DecodedImage(
                 **{name: event[name] for name in names},
                 path=Path(event["path"]),
                 type_name=event["type"],
-                warnings=tuple(event["warnings"]),
+                description=None if said is None else Description.from_message(said),
+                changes=tuple(event["changes"]),
+                faults=tuple(event["faults"]),
             )
         )
 

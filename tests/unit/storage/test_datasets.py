@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from likeness.storage.v1.artifact_pb2 import Dataset, DatasetImage
+from google.protobuf import json_format
+from likeness.storage.v1.artifact_pb2 import CaptionSource, DatasetImage, FindingKind, ImageCaption
 from likeness.training.v1.training_job_pb2 import ArtifactKeys, ImageSource, ImageUrls
 from PIL import Image
 
@@ -122,6 +123,7 @@ async def test_archive_becomes_a_stored_dataset(
         with Image.open(io.BytesIO(data)) as stored:
             assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", (80, 72))
     assert (dataset.report.read, dataset.report.ignored) == (3, 2)
+    assert (dataset.report.skipped_count, dataset.report.duplicate_count) == (1, 1)
     assert list(dataset.report.duplicates) == ["rex/again.bmp"]
     assert [(file.id, file.why) for file in dataset.report.skipped] == [("rex/notes.pdf", "is not a picture")]
     assert list(dataset.warnings) == [
@@ -328,9 +330,62 @@ async def test_source_without_a_kind_is_bad_input(importer: DatasetImporter, tmp
     )
 
 
-def test_many_warnings_are_summed_up() -> None:
-    from services.storage.datasets import MAX_NAMED_FILES, _some
+async def test_captions_and_settings_reach_the_dataset_s_document(
+    importer: DatasetImporter, store: InMemoryArtifactStore, site: Web
+) -> None:
+    files = {
+        "rex/1.png": picture("red"),
+        "rex/1.yaml": b"main_prompt: rex\ntags: [asleep, {tag: red, weight: 2}]\nmax_caption_length: 50\nrating: 2",
+        "rex/2_night.png": picture("blue"),
+        "rex/global.yaml": b"tags: [a dog]\nmultiply: much",
+        "rex/flip_p.txt": b"0.5",
+        "3.png": picture("green"),
+        "3.txt": b"a lake",
+    }
+    url = site.put("rex.zip", zipped(files))
+    dataset = await importer.import_source(PROJECT, archive_at(url), read_captions=True)
+    lake, first, second = dataset.images
+    assert json_format.MessageToDict(first.caption_parts) == {
+        "mainPrompt": "rex",
+        "tags": [{"text": "asleep"}, {"text": "red", "weight": 2.0}, {"text": "a dog"}],
+        "source": "CAPTION_SOURCE_YAML",
+        "maxCaptionChars": 50,
+    }
+    assert json_format.MessageToDict(first.settings) == {"rating": 2.0, "flipProbability": 0.5}
+    assert json_format.MessageToDict(second.caption_parts) == {
+        "text": "2",
+        "tags": [{"text": "a dog"}],
+        "source": "CAPTION_SOURCE_FILE_NAME",
+    }
+    assert lake.HasField("settings")
+    assert [image.caption for image in dataset.images] == ["a lake", "rex, asleep, red, a dog", ""]
+    assert {count.source: count.images for count in dataset.report.captions} == {
+        CaptionSource.CAPTION_SOURCE_YAML: 1,
+        CaptionSource.CAPTION_SOURCE_TEXT: 1,
+        CaptionSource.CAPTION_SOURCE_FILE_NAME: 1,
+    }
+    (fault,) = dataset.report.findings
+    assert (fault.kind, fault.count) == (FindingKind.FINDING_KIND_DESCRIPTION_FAULT, 1)
+    sentence = "'multiply' is not a number from 0 to 1000 and was ignored"
+    assert [(file.id, file.detail) for file in fault.files] == [("rex/global.yaml", sentence)]
+    assert list(dataset.warnings) == [f"rex/global.yaml: {sentence}"]
+    assert await importer.read(dataset.key, PROJECT) == dataset
 
-    many = _some([f"{number}" for number in range(MAX_NAMED_FILES + 5)])
-    assert (len(many), many[-1]) == (MAX_NAMED_FILES + 1, "and 5 more like this")
-    assert Dataset(warnings=many).warnings == many
+
+async def test_sidecar_files_say_nothing_unless_they_are_asked(importer: DatasetImporter, site: Web) -> None:
+    files = {"1.png": picture("red"), "1.txt": b"a wall", "multiply.txt": b"lots"}
+    dataset = await importer.import_source(PROJECT, archive_at(site.put("a.zip", zipped(files))))
+    (image,) = dataset.images
+    assert (image.caption, image.HasField("caption_parts"), image.HasField("settings")) == ("", False, False)
+    assert list(dataset.warnings) == []
+    assert list(dataset.report.captions) == []
+
+
+async def test_single_pictures_have_settings_of_their_own_and_no_caption(
+    importer: DatasetImporter, site: Web
+) -> None:
+    source = ImageSource(image_urls=ImageUrls(urls=[site.put("a robot_1.png", picture())]), field=FIELD)
+    dataset = await importer.import_source(PROJECT, source, read_captions=True)
+    (image,) = dataset.images
+    assert image.HasField("caption_parts")
+    assert image.caption_parts == ImageCaption()
