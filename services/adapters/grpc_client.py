@@ -25,6 +25,8 @@ from services.domain.errors import DeadlineExceeded, LikenessError, Unavailable
 DEFAULT_TIMEOUT_S = 10.0
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
+MAX_RESPONSE_BYTES = 64 << 20
+"""Longest answer that is taken: gRPC's own 4 MiB hold a data set of ten thousand pictures, but not their captions."""
 
 OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
@@ -52,7 +54,8 @@ class Channel:
             wait_for_ready: calls wait for the connection, instead of failing at once and being repeated.
         """
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        options = (*OPTIONS, ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES))
+        self._channel = grpc.aio.insecure_channel(address, options=options)
         self._timeout_s = timeout_s
         self._wait_for_ready = wait_for_ready
 

@@ -30,6 +30,7 @@ class Echo:
         self.failures = 0
         self.pause_s = 0.0
         self.calls = 0
+        self.more_chars = 0
 
     async def say(self, request: Text, context: grpc.aio.ServicerContext) -> Text:
         self.calls += 1
@@ -37,7 +38,7 @@ class Echo:
         if self.error is not None and (self.failures == 0 or self.calls <= self.failures):
             raise self.error
         trace = current_trace()
-        return Text(value=f"{request.value} {trace.trace_id if trace else ''}")
+        return Text(value=f"{request.value} {trace.trace_id if trace else ''}" + "x" * self.more_chars)
 
     async def count(self, request: Text, context: grpc.aio.ServicerContext) -> AsyncIterator[Text]:
         for number in range(int(request.value)):
@@ -94,6 +95,11 @@ async def channel(server: GrpcServer) -> AsyncIterator[Channel]:
 @pytest.fixture
 def stub(channel: Channel) -> Stub:
     return Stub(channel)
+
+
+async def test_an_answer_of_many_megabytes_arrives(echo: Echo, stub: Stub) -> None:
+    echo.more_chars = 20 << 20
+    assert len((await stub.say(Text(value="a"), timeout=30)).value) > 20 << 20
 
 
 CLASSES = [kind for kind in errors.ERROR_TABLE if kind is not errors.LikenessError]
