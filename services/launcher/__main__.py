@@ -139,13 +139,16 @@ def welcome(url: str, key: str, key_file: str, examples_addr: str) -> str:
             "concepts": [
                 {
                     "instance_data": f"http://{examples_addr}/{plan.EXAMPLE_ARCHIVE}",
-                    "instance_prompt": "photo of zkw robot",
-                    "class_prompt": "photo of a robot",
-                    "num_class_images": 2,
+                    "instance_prompt": "a photo of a sks robot",
+                    "class_prompt": "a robot",
+                    "num_class_images": 8,
                 }
             ],
-            "samples": [{"prompt": "photo of zkw robot on the beach", "infer_steps": 10, "seed": 11}],
-            "max_train_steps": 20,
+            "samples": [{"prompt": "a photo of a sks robot on the beach", "infer_steps": 20, "seed": 11}],
+            "max_train_steps": 150,
+            "train_batch_size": 4,
+            "learning_rate": 3e-4,
+            "pad_tokens": True,
         }
     }
     header = f"-H 'Authorization: Bearer {key}'"

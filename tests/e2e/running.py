@@ -52,8 +52,8 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
 class Platform(launcher.Platform):
     """The launcher and everything below it, with what a user of its HTTP side does."""
 
-    def __init__(self, home: Path) -> None:
-        super().__init__(home, launcher.free_addresses() | QUICK, free_ports=False)
+    def __init__(self, home: Path, environ: Mapping[str, str] | None = None) -> None:
+        super().__init__(home, launcher.free_addresses() | QUICK | dict(environ or {}), free_ports=False)
         self.http = httpx.Client(base_url=self.url, timeout=15.0)
 
     def address(self, name: str) -> str:
@@ -182,6 +182,17 @@ def _serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]
         server.server_close()
 
 
+def on_base(model_folder: Path, catalogue: Path) -> dict[str, str]:
+    """Settings with which a platform trains from a model folder instead of the embedded model.
+
+    Args:
+        model_folder: a diffusers folder.
+        catalogue: file to write.
+    """
+    catalogue.write_text(f'[quick]\nsource = "file:{model_folder}"\n')
+    return {"LIKENESS_MODELS": str(catalogue), "LIKENESS_BASE_MODEL": "quick"}
+
+
 def zip_of(files: Mapping[str, bytes]) -> bytes:
     """A zip archive in memory."""
     buffer = io.BytesIO()
@@ -195,13 +206,13 @@ def small_request(archive: str, **overrides: Any) -> dict[str, Any]:
     """A training of a few seconds: 256 px, few updates, two class pictures, one sample."""
     concept = {
         "instance_data": archive,
-        "instance_prompt": "a photo of sks robot",
-        "class_prompt": "a photo of a robot",
+        "instance_prompt": "a photo of a sks robot",
+        "class_prompt": "a robot",
         "num_class_images": 2,
     }
     body: dict[str, Any] = {
         "concepts": [concept],
-        "samples": [{"prompt": "sks robot on the beach", "seed": 7, "infer_steps": 4, "num_outputs": 2}],
+        "samples": [{"prompt": "a sks robot on the beach", "seed": 7, "infer_steps": 4, "num_outputs": 2}],
         "max_train_steps": 12,
         "learning_rate": 1e-4,
         "resolution": 256,

@@ -21,9 +21,15 @@ WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safet
 
 
 @pytest.fixture(scope="module")
-def hurt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def quick_base(deep_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings for a base whose updates take milliseconds: what is killed here is long, and its pictures nothing."""
+    return running.on_base(deep_model_dir, tmp_path_factory.mktemp("catalogue") / "models.toml")
+
+
+@pytest.fixture(scope="module")
+def hurt(quick_base: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """A platform of its own for the tests that kill."""
-    started = running.Platform(tmp_path_factory.mktemp("home"))
+    started = running.Platform(tmp_path_factory.mktemp("home"), quick_base)
     started.start()
     yield started
     started.stop_and_check()
@@ -118,8 +124,10 @@ def test_a_worker_that_slept_past_its_lease_never_becomes_visible(hurt: Platform
         assert second.wait(30) == 0, "a worker that is asked to leave leaves with status 0"
 
 
-def test_a_killed_launcher_leaves_no_orphan_and_its_home_serves_again(tmp_path: Path, archive: str) -> None:
-    platform = running.Platform(tmp_path)
+def test_a_killed_launcher_leaves_no_orphan_and_its_home_serves_again(
+    tmp_path: Path, archive: str, quick_base: dict[str, str]
+) -> None:
+    platform = running.Platform(tmp_path, quick_base)
     platform.start()
     key = platform.api_key
     job_id = platform.submit(running.small_request(archive, max_train_steps=UPDATES))

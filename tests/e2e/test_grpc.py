@@ -66,8 +66,8 @@ def inference(platform: Platform) -> Iterator[Reflected]:
 def training_spec(archive: str, updates: int) -> dict[str, Any]:
     concept = {
         "instance_data": {"archive_url": archive, "field": "pictures"},
-        "instance_prompt": "a photo of sks robot",
-        "class_prompt": "a photo of a robot",
+        "instance_prompt": "a photo of a sks robot",
+        "class_prompt": "a robot",
         "num_class_images": 1,
     }
     return {"concepts": [concept], "max_train_steps": updates, "resolution": 256}

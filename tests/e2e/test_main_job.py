@@ -17,6 +17,7 @@ from tests.e2e import running
 from tests.e2e.running import Platform
 
 DEV = "dev"
+UPDATES = 80
 
 SDK_SCRIPT = """
 import json, sys
@@ -47,7 +48,7 @@ def open_picture(url: str) -> Image.Image:
 
 
 def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform, archive: str) -> None:
-    request = running.small_request(archive, max_train_steps=250)
+    request = running.small_request(archive, max_train_steps=UPDATES)
     with running.receiver() as (hook, calls):
         began = time.monotonic()
         job_id = platform.submit(request | {"webhook": hook}, version="v1")
@@ -67,7 +68,9 @@ def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform
     steps = [part["step"] for part in progress if part["stage"] == "training"]
     assert len(set(steps)) > 2, "progress must move"
     assert steps == sorted(steps)
-    assert {part["total_steps"] for part in progress if part["stage"] == "training" and part["step"]} == {250}
+    assert {part["total_steps"] for part in progress if part["stage"] == "training" and part["step"]} == {
+        UPDATES
+    }
 
     assert last["delayTime"] >= 0
     assert last["executionTime"] > 0
@@ -76,7 +79,7 @@ def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform
     assert last["gpu"] == "0"
 
     assert [image["seed"] for image in last["output"]] == [7, 8]
-    assert {image["prompt"] for image in last["output"]} == {"sks robot on the beach"}
+    assert {image["prompt"] for image in last["output"]} == {"a sks robot on the beach"}
     pictures = [open_picture(image["image"]) for image in last["output"]]
     assert all(picture.size == (512, 512) for picture in pictures)
     assert pictures[0].tobytes() != pictures[1].tobytes()
@@ -90,6 +93,7 @@ def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform
     assert calls.empty(), "one call when the job has ended"
 
     trained, base = platform.model(DEV, job_id), platform.model("", "")
+    assert base.model == "pocket"
     ours = {part.path: part for part in trained.manifest.components}
     theirs = {part.path: part for part in base.manifest.components}
     assert ours.keys() - {"training.json"} == theirs.keys()
@@ -99,7 +103,7 @@ def test_pictures_go_in_and_a_model_and_new_pictures_come_out(platform: Platform
     vae = "vae/diffusion_pytorch_model.safetensors"
     assert ours[vae].key == theirs[vae].key
     assert trained.manifest.base_manifest_key == base.manifest_key
-    assert trained.manifest.lineage.steps == 250
+    assert trained.manifest.lineage.steps == UPDATES
 
 
 def test_a_second_job_draws_no_class_picture_again(platform: Platform, archive: str) -> None:
@@ -139,11 +143,11 @@ def test_the_command_line_trains_and_saves_the_pictures(
 ) -> None:
     words = [
         "--prompt",
-        "photo of sks robot",
+        "a photo of a sks robot",
         "--class-prompt",
-        "photo of a robot",
+        "a robot",
         "--sample",
-        "sks robot at sea",
+        "a sks robot at night",
     ]
     words += ["--steps", "2", "--resolution", "256", "--class-images", "1", "--out", str(tmp_path)]
     environment = os.environ | {"LIKENESS_URL": platform.url, "LIKENESS_HOME": str(platform.home)}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from services.adapters.settings import LauncherSettings
+from services.gateway.dialects.runpod.dream_booth_v1 import read_input
 from services.launcher import nats_server, plan
 from services.launcher.__main__ import welcome
 from services.launcher.home import Home, InUse
@@ -172,7 +173,6 @@ def test_the_welcome_shows_three_commands_that_a_shell_understands() -> None:
         "http://127.0.0.1:8000/v1/dream-booth-v1/run",
         "http://127.0.0.1:8000/v1/dream-booth-v1/status/ID",
     ]
-    assert (
-        json.loads(curls[1][-1])["input"]["concepts"][0]["instance_data"]
-        == "http://127.77.0.1:8106/robot.zip"
-    )
+    training = json.loads(curls[1][-1])["input"]
+    assert training["concepts"][0]["instance_data"] == "http://127.77.0.1:8106/robot.zip"
+    assert not read_input(training, lambda: 0).ignored
