@@ -27,6 +27,9 @@ HOME: Final = Path(os.environ.get("LIKENESS_HOME", ".likeness")) / "demo"
 PROJECT: Final = "dev"
 """The project of the development key."""
 
+SETTINGS: Final = {"LIKENESS_BATCH_CAP": "4"}
+"""Class pictures are drawn in batches: a fifth faster, and equal to pictures drawn alone but for the last bits."""
+
 # What is taught, and how. No instance picture shows a place or a background that is asked for below.
 INSTANCE_PICTURES: Final = Path(__file__).parent / "robot"
 INSTANCE_PROMPT: Final = "a photo of a sks robot"
@@ -102,7 +105,10 @@ def main() -> int:
     console = Console()
     console.print("starting the platform: NATS, storage, trainer, inference, gateway ...")
     try:
-        with Platform(HOME.absolute()) as platform, Gateway(platform.url, platform.api_key) as gateway:
+        with (
+            Platform(HOME.absolute(), SETTINGS) as platform,
+            Gateway(platform.url, platform.api_key) as gateway,
+        ):
             console.print(f"serving at {platform.url}; the base model draws {len(PROMPTS)} prompts as it is")
             before = _draw_with_the_base(platform)
             after = _teach_and_draw(gateway, platform.example_url, console)
