@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 GENERATED := gen/.generated
 PROTOS := $(shell find protos -name '*.proto' 2>/dev/null)
 
-.PHONY: help setup protos format lint typecheck imports protolint check test demo run bench clean
+.PHONY: help setup protos format lint typecheck imports protolint check test demo run bench eval clean
 
 help:  ## show this index
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | sort | expand -t 12
@@ -68,6 +68,9 @@ run: setup  ## serve the embedded platform until Ctrl-C
 
 bench: setup  ## speed and memory, as ratios against peers
 	$(PY) -m tests.bench
+
+eval: setup  ## picture quality: what the base draws, what trainings teach it; writes docs/evaluation
+	$(PY) -m tests.eval
 
 clean:  ## remove what is built; keeps .venv and the platform's data in .likeness
 	rm -rf gen build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

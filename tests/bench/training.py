@@ -206,7 +206,7 @@ def _train_peer(script: Path, model: Path, data: Path, out: Path) -> None:
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
 
-    _stand_in_for_torchvision()
+    stand_in_for_torchvision()
     sys.argv = [
         str(script),
         f"--pretrained_model_name_or_path={model}",
@@ -232,7 +232,7 @@ def _train_peer(script: Path, model: Path, data: Path, out: Path) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _stand_in_for_torchvision() -> None:
+def stand_in_for_torchvision() -> None:
     """Puts a module in torchvision's place that has the few transforms the script uses, on Pillow."""
     import torch
     from PIL import Image
