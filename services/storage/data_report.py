@@ -10,11 +10,11 @@ from typing import Final
 from likeness.storage.v1 import artifact_pb2 as pb
 from likeness.storage.v1.artifact_pb2 import CaptionSource, FindingKind
 
+from services.domain.findings import findings_of
 from services.storage.captions import Source
 from services.storage.decoding import Decoded, DecodedImage
 
 MAX_LISTED_FILES: Final = 1000
-MAX_FINDING_FILES: Final = 100
 MAX_NAMED_FILES: Final = 20
 """So many files are named one by one in the warnings; the report names more."""
 
@@ -25,9 +25,6 @@ CAPTION_SOURCES: Final = {
     Source.FOLDER: CaptionSource.CAPTION_SOURCE_FOLDER,
     Source.FILE_NAME: CaptionSource.CAPTION_SOURCE_FILE_NAME,
 }
-
-Finding = tuple[str, str]
-"""A file's id, and what was found in it, as a sentence part."""
 
 
 def report_of(decoded: Decoded) -> pb.DatasetReport:
@@ -48,8 +45,8 @@ def report_of(decoded: Decoded) -> pb.DatasetReport:
         duplicate_count=len(twice),
         captions=_caption_counts(decoded.images),
         findings=[
-            *finding(FindingKind.FINDING_KIND_PICTURE_CHANGED, changes),
-            *finding(FindingKind.FINDING_KIND_DESCRIPTION_FAULT, [*decoded.remarks, *faults]),
+            *findings_of(FindingKind.FINDING_KIND_PICTURE_CHANGED, changes),
+            *findings_of(FindingKind.FINDING_KIND_DESCRIPTION_FAULT, [*decoded.remarks, *faults]),
         ],
     )
 
@@ -81,14 +78,6 @@ def duplicates(digests: Iterable[tuple[str, str]]) -> list[str]:
             found.append(name)
         seen.add(digest)
     return found
-
-
-def finding(kind: FindingKind, found: Sequence[Finding]) -> list[pb.DatasetFinding]:
-    """One finding as the report holds it; nothing where nothing was found."""
-    if not found:
-        return []
-    files = [pb.FindingFile(id=name, detail=detail) for name, detail in found[:MAX_FINDING_FILES]]
-    return [pb.DatasetFinding(kind=kind, count=len({name for name, _ in found}), files=files)]
 
 
 def _caption_counts(images: Sequence[DecodedImage]) -> list[pb.CaptionCount]:

@@ -8,10 +8,11 @@ update u sees the same samples whether the run was interrupted or not.
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -204,6 +205,10 @@ class PictureReader:
             return centre_offset(size, self.resolution)
         return random_offset(size, self.resolution, use)
 
+    def geometry(self, use: Use) -> tuple[int, int]:
+        """Returns all that its pixels depend on besides the picture: the offset."""
+        return self.offset(use)
+
     def values(self, picture: Picture, offset: tuple[int, int]) -> torch.Tensor:
         """Returns the square at an offset: float32 [3, resolution, resolution] in -1..1."""
         left, top = offset
@@ -224,17 +229,31 @@ class PictureReader:
 # float32 [3, h, w] in -1..1 -> mean and standard deviation of the posterior, float32 on the CPU, each [c, h/f, w/f]
 Encoder = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+UseT = TypeVar("UseT", bound=Use, contravariant=True)
 
-class LatentSource:
-    """Clean latents of uses: the VAE's posterior is drawn anew for each, its moments are kept by picture and offset.
+
+class PixelSource(Protocol[UseT]):
+    """What reads pictures: squares here, the sizes of buckets in `buckets`."""
+
+    def geometry(self, use: UseT, /) -> Hashable:
+        """Returns all that the pixels of one use depend on besides the picture: crop, size, mirroring."""
+
+    def values(self, picture: Picture, geometry: Any, /) -> torch.Tensor:
+        """Returns the pixels of one geometry: float32 [3, h, w] in -1..1."""
+        ...
+
+
+class LatentSource(Generic[UseT]):
+    """Clean latents of uses: the VAE's posterior is drawn anew for each, its moments are kept by picture and geometry.
 
     So a picture that is always cropped alike is encoded once, and one with random crops once for each place that a
-    crop has fallen on: what is kept never changes a result.
+    crop has fallen on: what is kept never changes a result. A mirrored picture has moments of its own, since those of
+    the picture, mirrored, are something else.
     """
 
     def __init__(
         self,
-        reader: PictureReader,
+        reader: PixelSource[UseT],
         encode: Encoder,
         *,
         scaling_factor: float,
@@ -246,7 +265,7 @@ class LatentSource:
         self._scaling_factor = scaling_factor
         self._seed = seed
         self._cache_bytes = cache_bytes
-        self._moments: dict[tuple[str, tuple[int, int]], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._moments: dict[tuple[str, Hashable], tuple[torch.Tensor, torch.Tensor]] = {}
         self._unusable: set[str] = set()
 
     @property
@@ -254,7 +273,7 @@ class LatentSource:
         """Sample ids of the pictures that were left out so far, sorted."""
         return sorted(self._unusable)
 
-    def latents(self, use: Use) -> torch.Tensor | None:
+    def latents(self, use: UseT) -> torch.Tensor | None:
         """Returns z0 = s * (mean + std * n) of one use: float32 on the CPU, [c, h, w].
 
         Returns None for a picture whose latents are not finite; it is left out and named in the log once.
@@ -266,15 +285,15 @@ class LatentSource:
         n = normal(tuple(mean.shape), self._seed, Purpose.VAE, *use.coordinates)
         return self._scaling_factor * (mean + deviation * n)
 
-    def _moments_of(self, use: Use) -> tuple[torch.Tensor, torch.Tensor]:
-        offset = self._reader.offset(use)
-        held = self._moments.get((use.picture.sample_id, offset))
+    def _moments_of(self, use: UseT) -> tuple[torch.Tensor, torch.Tensor]:
+        geometry = self._reader.geometry(use)
+        held = self._moments.get((use.picture.sample_id, geometry))
         if held is not None:
             return held
-        mean, deviation = self._encode(self._reader.values(use.picture, offset))
+        mean, deviation = self._encode(self._reader.values(use.picture, geometry))
         self._cache_bytes -= mean.nbytes + deviation.nbytes
         if self._cache_bytes >= 0:
-            self._moments[(use.picture.sample_id, offset)] = mean, deviation
+            self._moments[(use.picture.sample_id, geometry)] = mean, deviation
         return mean, deviation
 
     def _report_unusable(self, picture: Picture) -> None:

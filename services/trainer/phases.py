@@ -216,7 +216,7 @@ class TrainingLeader:
         base: model_pb2.Model,
     ) -> "_ConceptPlan":
         """Imports what the concept brings, and looks which class pictures were drawn before."""
-        captions = concept.use_captions
+        captions = concept.use_captions or spec.recipe == training_job_pb2.RECIPE_EVERYDREAM
         instance = await self._import(project, concept.instance_data, captions, spec.min_usable_images)
         recipe = ClassImages(
             base_digest=base.manifest_digest,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from likeness.storage.v1.artifact_pb2 import DatasetReport, FindingKind
 
+from services.domain.findings import MAX_FINDING_FILES
 from services.storage.captions import Description, Source
 from services.storage.data_report import (
-    MAX_FINDING_FILES,
     MAX_LISTED_FILES,
     MAX_NAMED_FILES,
     report_of,

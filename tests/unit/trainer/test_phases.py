@@ -42,6 +42,7 @@ class FakeStorage:
         self.datasets: dict[str, list[artifact_pb2.DatasetImage]] = {}
         self.documents: dict[str, Any] = {}
         self.imports: list[str] = []
+        self.captions_read: list[bool] = []
         self.faults: list[Exception] = []
 
     async def get_model(self, project: str, model: str) -> model_pb2.Model:
@@ -55,6 +56,7 @@ class FakeStorage:
         if self.faults:
             raise self.faults.pop()
         self.imports.append(source.archive_url)
+        self.captions_read.append(kwargs["read_captions"])
         count = int(source.archive_url.rsplit("/", 1)[-1])
         images = [artifact_pb2.DatasetImage(id=f"{i}.png", key=f"given-{i}") for i in range(count)]
         return artifact_pb2.Dataset(key=f"dataset:{source.archive_url}", images=images)
@@ -216,6 +218,25 @@ async def test_prepare_imports_draws_what_is_missing_and_makes_the_job_ready() -
     assert [image.key for image in drawn] == [f"photo of a dog#{100 + i}" for i in range(5)]
     assert [spec.num_images for spec in house.inference.specs] == [2, 2, 1]
     assert {(spec.width_px, spec.num_inference_steps) for spec in house.inference.specs} == {(256, 50)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "use_captions", "expected"),
+    [
+        (training_job_pb2.RECIPE_DREAMBOOTH, False, False),
+        (training_job_pb2.RECIPE_DREAMBOOTH, True, True),
+        (training_job_pb2.RECIPE_EVERYDREAM, False, True),
+    ],
+    ids=["dreambooth", "with captions", "everydream"],
+)
+async def test_files_beside_pictures_are_read_where_they_matter(
+    recipe: training_job_pb2.Recipe, use_captions: bool, expected: bool
+) -> None:
+    spec = a_spec(recipe=recipe, with_prior_preservation=False)
+    spec.concepts[0].use_captions = use_captions
+    house = House(spec)
+    await house.leader.lead(await house.admit())
+    assert house.storage.captions_read == [expected]
 
 
 async def test_given_class_pictures_are_used_and_only_the_rest_is_drawn() -> None:
