@@ -1,7 +1,8 @@
 """Models from local files into memory: a diffusers folder, or one `.safetensors` in the original layout.
 
 Only safetensors are read, never pickles, and never the network: fetching is the business of whoever made the
-folder. Every number about a model (picture size, VAE factor, token limit, latent channels) is read from its
+folder. LoRA files in the folder of a part are merged into it: a model that was trained as a LoRA is its base's folder
+and such a file. Every number about a model (picture size, VAE factor, token limit, latent channels) is read from its
 configs here, so that no other code assumes those of Stable Diffusion 1.
 """
 
@@ -20,7 +21,9 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from services.domain.artifacts import SINGLE_FILE_CONFIG, SINGLE_FILE_NAME
+from services.diffusion.lora import Part, merge
+from services.diffusion.lora_files import read_lora
+from services.domain.artifacts import ADAPTER_PATTERN, SINGLE_FILE_CONFIG, SINGLE_FILE_NAME
 from services.domain.errors import BadInput
 
 _SINGLE_FILE_TEXT = "cond_stage_model.transformer."
@@ -124,7 +127,7 @@ class ModelFolder:
 
     def load_unet(self) -> UNet2DConditionModel:
         """The UNet; raises as :meth:`load`."""
-        return self._load_weights(UNet2DConditionModel, "unet")
+        return self._adapted(self._load_weights(UNet2DConditionModel, "unet"), "unet")
 
     def load_vae(self) -> AutoencoderKL:
         """The autoencoder; raises as :meth:`load`."""
@@ -132,7 +135,7 @@ class ModelFolder:
 
     def load_text_encoder(self) -> CLIPTextModel:
         """The text encoder, from keys with or without `text_model.`; raises as :meth:`load`."""
-        return self._load_weights(CLIPTextModel, "text_encoder")
+        return self._adapted(self._load_weights(CLIPTextModel, "text_encoder"), "text_encoder")
 
     def load_tokenizer(self) -> CLIPTokenizer:
         """The tokenizer, from either form of its files; raises as :meth:`load`."""
@@ -168,6 +171,11 @@ class ModelFolder:
             raise BadInput(f"the model's {part} lacks {len(missing)} of its weights, first {missing[0]}")
         return module.to(self.device).eval()
 
+    def _adapted(self, module: Any, part: Part) -> Any:
+        for path in sorted((self.root / part).glob(ADAPTER_PATTERN)):
+            merge(module, read_lora(path), part=part)
+        return module
+
 
 @dataclass(frozen=True, slots=True)
 class SingleFile(ModelFolder):
@@ -188,7 +196,7 @@ class SingleFile(ModelFolder):
 
     def load_unet(self) -> UNet2DConditionModel:
         """The UNet; raises as :meth:`load`."""
-        return self._load_single(UNet2DConditionModel, "unet")
+        return self._adapted(self._load_single(UNet2DConditionModel, "unet"), "unet")
 
     def load_vae(self) -> AutoencoderKL:
         """The autoencoder; raises as :meth:`load`."""
@@ -207,7 +215,7 @@ class SingleFile(ModelFolder):
             )
         except _LOAD_FAULTS as error:
             raise _unusable("text_encoder", error) from error
-        return self._placed(module, "text_encoder")
+        return self._adapted(self._placed(module, "text_encoder"), "text_encoder")
 
     def _load_single(self, cls: Any, part: str) -> Any:
         options = {"config": str(self.root), "subfolder": part, "torch_dtype": self.dtype}

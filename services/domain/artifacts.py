@@ -12,6 +12,8 @@ SINGLE_FILE_NAME: Final = "model.safetensors"
 """Where the weights of a single-file model lie in its folder."""
 SINGLE_FILE_CONFIG: Final = "config"
 """Folder beside them: configs, tokenizer and scheduler, laid out as a diffusers folder."""
+ADAPTER_PATTERN: Final = "lora-*.safetensors"
+"""LoRA files in the folder of a model's part: the loader adds them to its weights, in the order of their names."""
 MEDIA_TYPES: Final = {
     ".png": "image/png",
     ".jpg": "image/jpeg",
@@ -108,6 +110,11 @@ def media_type_of(file_name: str) -> str:
     """Media type by the name's ending; application/octet-stream for the rest."""
     dot = file_name.rfind(".")
     return MEDIA_TYPES.get(file_name[dot:].lower(), "application/octet-stream")
+
+
+def adapter_name(number: int) -> str:
+    """File name of a part's LoRA, counted from 0 in the order of training."""
+    return f"lora-{number:03d}.safetensors"
 
 
 def _match_blob(key: str) -> re.Match[str]:

@@ -14,6 +14,7 @@
     ├── RateLimited            too many requests in the window
     ├── OutOfDeviceMemory      the device is too small for this plan
     ├── Diverged               the loss or the weights stopped being finite
+    ├── ExportMismatch         a trained model, read back from its files, is not what was trained
     ├── Conflict               another write came first: read again, decide again
     ├── Unavailable            the bus, the store or a sibling service does not answer; try again
     │   └── OutcomeUnknown     a write that may or may not have been stored
@@ -111,6 +112,10 @@ class Diverged(LikenessError):
     """Loss or gradients stopped being finite and did not recover."""
 
 
+class ExportMismatch(LikenessError):
+    """What was written of a trained model is not what was trained, so that it is not published."""
+
+
 class Conflict(LikenessError):
     """A compare-and-set lost against another write."""
 
@@ -174,6 +179,7 @@ ERROR_TABLE: Mapping[type[LikenessError], ErrorRow] = MappingProxyType(
         RateLimited: ErrorRow("RATE_LIMITED", "RESOURCE_EXHAUSTED", 429),
         OutOfDeviceMemory: ErrorRow("OUT_OF_DEVICE_MEMORY", "RESOURCE_EXHAUSTED", 500, fails_job=True),
         Diverged: ErrorRow("DIVERGED", "ABORTED", 500, fails_job=True),
+        ExportMismatch: ErrorRow("EXPORT_MISMATCH", "INTERNAL", 500, retry_job=True),
         Conflict: ErrorRow("CONFLICT", "ABORTED", 409, retry_job=True),
         Unavailable: ErrorRow("UNAVAILABLE", "UNAVAILABLE", 503, retry_job=True),
         OutcomeUnknown: ErrorRow("OUTCOME_UNKNOWN", "UNAVAILABLE", 503, retry_job=True),

@@ -118,7 +118,8 @@ LORA_RANGES = (
     Range("conv_alpha", 0),
 )
 ENUMS = ("recipe", "method", "mixed_precision", "lr_scheduler", "optimizer_precision", "subject_crop")
-_LOW_RANK = (pb.TRAINING_METHOD_LORA, pb.TRAINING_METHOD_LOCON)
+LOW_RANK = (pb.TRAINING_METHOD_LORA, pb.TRAINING_METHOD_LOCON)
+"""Methods that train adapters and leave the base as it is."""
 
 
 def resolve_training_spec(spec: pb.TrainingSpec) -> pb.TrainingSpec:
@@ -145,7 +146,7 @@ def resolve_training_spec(spec: pb.TrainingSpec) -> pb.TrainingSpec:
 def _fill(spec: pb.TrainingSpec) -> None:
     spec.recipe = spec.recipe or pb.RECIPE_DREAMBOOTH
     everydream = spec.recipe == pb.RECIPE_EVERYDREAM
-    if spec.method in _LOW_RANK:
+    if spec.method in LOW_RANK:
         spec.learning_rate = spec.learning_rate or LORA_LEARNING_RATE
         _fill_lora(spec)
     _fill_length(spec, everydream)
@@ -273,7 +274,7 @@ def _check_modules(spec: pb.TrainingSpec) -> list[Violation]:
 
 
 def _check_lora(spec: pb.TrainingSpec) -> list[Violation]:
-    if spec.method in _LOW_RANK:
+    if spec.method in LOW_RANK:
         return check_ranges(spec.lora, LORA_RANGES, "lora.")
     return [Violation("lora", "needs method LORA or LOCON")] if spec.HasField("lora") else []
 

@@ -33,7 +33,11 @@ from services.jobs.worker_client import JobHandle, WorkerClient, last_word
 logger = logging.getLogger(__name__)
 
 LEAVING: Final = "the worker leaves"
-DRAWABLE: Final = (ModelFormat.MODEL_FORMAT_DIFFUSERS, ModelFormat.MODEL_FORMAT_SINGLE_FILE)
+DRAWABLE: Final = (
+    ModelFormat.MODEL_FORMAT_DIFFUSERS,
+    ModelFormat.MODEL_FORMAT_SINGLE_FILE,
+    ModelFormat.MODEL_FORMAT_LORA,
+)
 MIN_JOBS: Final = 2
 """One is drawn while the other is fetched or stored."""
 OUTAGE_PAUSE_S: Final = 5.0

@@ -1,6 +1,7 @@
 """Recovery checkpoints: all state of a run, written so that a kill at any moment leaves a whole one behind.
 
-A checkpoint is a folder `step-<updates>` with the trained weights (float32), the optimizer's state by parameter name,
+A checkpoint is a folder `step-<updates>` with the trained weights (float32; of a low-rank training the adapters alone,
+while the configuration names the base), their moving average if there is one, the optimizer's state by parameter name,
 `state.json` (counters, schedule, configuration) and, written last, `manifest.json` with every file's size and SHA-256.
 It is made under a temporary name, flushed and renamed; without a manifest that fits, it does not count. What is
 random needs no state here: it follows from the job's seed and the counters (see `randomness`).
@@ -13,7 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 FORMAT_VERSION = 1
 KEPT = 2
 _SEPARATOR = "::"
@@ -51,6 +53,7 @@ class Checkpoint:
         optimizer: tensors of the optimizer's state, named `<parameter>::<entry>`.
         scalars: plain numbers of the optimizer's state, by the same names.
         state: everything else that JSON can hold; `configuration` in it decides who may resume.
+        average: moving average of the weights by parameter name; empty where there is none.
     """
 
     step: int
@@ -58,10 +61,16 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     scalars: dict[str, int | float | bool]
     state: dict[str, Any]
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def capture(
-    parameters: NamedParameters, optimizer: torch.optim.Optimizer, *, step: int, state: dict[str, Any]
+    parameters: NamedParameters,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    state: dict[str, Any],
+    average: Mapping[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
     """Copies the state of a run to host memory; training may go on at once."""
     tensors: dict[str, torch.Tensor] = {}
@@ -73,7 +82,8 @@ def capture(
             elif value is not None:
                 scalars[name + _SEPARATOR + entry] = value
     weights = {name: _copy(parameter) for name, parameter in parameters.items()}
-    return Checkpoint(step, weights, tensors, scalars, state)
+    averages = {name: _copy(tensor) for name, tensor in (average or {}).items()}
+    return Checkpoint(step, weights, tensors, scalars, state, averages)
 
 
 def restore(checkpoint: Checkpoint, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
@@ -105,11 +115,14 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(checkpoint.weights, temporary / WEIGHTS)
-    save_file(checkpoint.optimizer, temporary / OPTIMIZER)
+    tensors = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
+    if checkpoint.average:
+        tensors[AVERAGE] = checkpoint.average
+    for name, values in tensors.items():
+        save_file(values, temporary / name)
     state = {"step": checkpoint.step, "optimizer_scalars": checkpoint.scalars, **checkpoint.state}
     (temporary / STATE).write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
-    files = [_described(temporary / name) for name in (WEIGHTS, OPTIMIZER, STATE)]
+    files = [_described(temporary / name) for name in (*tensors, STATE)]
     manifest = {"format": FORMAT_VERSION, "step": checkpoint.step, "files": files}
     _write_flushed(temporary / MANIFEST, json.dumps(manifest, indent=1))
     _flush(temporary)
@@ -133,10 +146,12 @@ def read(folder: Path) -> Checkpoint:
                 raise CheckpointDamaged(f"{folder.name}: {described['name']} does not fit the manifest")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+        listed = {described["name"] for described in manifest["files"]}
+        average = load_file(folder / AVERAGE) if AVERAGE in listed else {}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointDamaged(f"{folder.name}: {error}") from error
     scalars = state.pop("optimizer_scalars")
-    return Checkpoint(state.pop("step"), weights, optimizer, scalars, state)
+    return Checkpoint(state.pop("step"), weights, optimizer, scalars, state, average)
 
 
 def finished(folder: Path) -> list[Path]:

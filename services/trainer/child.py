@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from google.protobuf.json_format import ParseDict
+from likeness.storage.v1.artifact_pb2 import Dataset
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.adapters.child_process import ParentLink
+from services.adapters.manifests import from_json
 from services.adapters.telemetry import configure_logging
 from services.diffusion.devices import (
     as_device_memory_error,
@@ -30,6 +32,7 @@ from services.diffusion.devices import (
 )
 from services.diffusion.loading import quiet_libraries
 from services.domain.errors import InvalidSpec, OutOfDeviceMemory, public_text, row_of
+from services.trainer.captions import CaptionedData, captioned_pictures
 from services.trainer.checkpoint import CheckpointDamaged, CheckpointMismatch
 from services.trainer.data import Concept, Picture
 from services.trainer.recipes import dreambooth
@@ -86,7 +89,8 @@ def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
 
     Args:
         command: `spec` (JSON of a TrainingSpec), `model_folder`, `model_digest`, `concepts`, `workdir`,
-            `resume_from` (folder or null), `checkpoint_interval_s`.
+            `resume_from` (folder or null), `checkpoint_interval_s`, `family` and `license` of the base model; for
+            captioned training also `dataset`, the file of the first concept's dataset as storage describes it.
         device: where to train.
     """
     spec = ParseDict(command["spec"], pb.TrainingSpec(), ignore_unknown_fields=True)
@@ -100,6 +104,9 @@ def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
         device=device,
         resume_from=Path(command["resume_from"]) if command.get("resume_from") else None,
         checkpoint_interval_s=float(command["checkpoint_interval_s"]),
+        family=str(command.get("family", "")),
+        license=str(command.get("license", "")),
+        captioned=_captioned(Path(command["dataset"]), spec, concepts[0]) if command.get("dataset") else None,
     )
 
 
@@ -117,6 +124,14 @@ def _concept(index: int, entry: Mapping[str, Any]) -> Concept:
         )
 
     return Concept(pictures("instance"), pictures("class"))
+
+
+def _captioned(file: Path, spec: pb.TrainingSpec, concept: Concept) -> CaptionedData:
+    """Reads what storage says of a concept's instance pictures, which lie where the concept has them."""
+    dataset = from_json(file.read_bytes(), Dataset)
+    paths = [picture.path for picture in concept.instance_pictures]
+    pictures = captioned_pictures(dataset, paths, seed=spec.seed, fallback=spec.concepts[0].instance_prompt)
+    return CaptionedData(pictures, dataset.report)
 
 
 def train(run: Run, observer: LinkObserver) -> Outcome:
@@ -138,6 +153,9 @@ def ended_event(outcome: Outcome) -> dict[str, Any]:
         "step": outcome.step,
         "final_loss": None if math.isnan(outcome.final_loss) else outcome.final_loss,
         "files": [{"path": str(path), "file": str(outcome.export_folder / path)} for path in outcome.files],
+        "other_formats": {
+            name: str(outcome.export_folder / path) for name, path in outcome.other_formats.items()
+        },
         "checkpoint": str(outcome.checkpoint) if outcome.checkpoint else None,
         "warnings": list(outcome.warnings),
         "report": dict(outcome.report),

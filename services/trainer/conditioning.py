@@ -11,10 +11,12 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from services.diffusion.prompts import Padding, Tokens, encode, tokenize
+from services.diffusion.prompts import Padding, Tokens, check_clip_skip, encode, tokenize
 from services.trainer.data import Encoder
 
 logger = logging.getLogger(__name__)
+
+TEXT_CACHE_BYTES = 512 * 2**20
 
 
 class TextConditioner:
@@ -22,6 +24,18 @@ class TextConditioner:
 
     A frozen encoder sees each prompt alone at full length; its vectors are kept by prompt and cut to the batch's
     length, which a causal text model allows. An encoder that trains runs on every batch.
+
+    Args:
+        tokenizer: the model's own.
+        text_encoder: with its adapter, if it has one.
+        max_length: token positions of the encoder.
+        pad_tokens: pad every prompt to `max_length` instead of to the longest of the batch.
+        trained: the encoder's weights change; until :meth:`freeze`.
+        clip_skip: layer the vectors are taken from, counted from the end; 0 and 1 the last.
+        cache_bytes: vectors of a frozen encoder that are kept.
+
+    Raises:
+        InvalidSpec: the encoder has no such layer.
     """
 
     def __init__(
@@ -32,16 +46,23 @@ class TextConditioner:
         max_length: int,
         pad_tokens: bool,
         trained: bool,
-        cache: bool = True,
+        clip_skip: int = 0,
+        cache_bytes: int = TEXT_CACHE_BYTES,
     ) -> None:
+        self._clip_skip = max(1, clip_skip)
+        check_clip_skip(text_encoder, self._clip_skip)
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._max_length = max_length
         self._padding = Padding.MAX_LENGTH if pad_tokens else Padding.LONGEST
         self._trained = trained
-        self._cache = cache
+        self._cache_bytes = cache_bytes
         self._vectors: dict[str, torch.Tensor] = {}
         self._tokens: dict[tuple[str, ...], Tokens] = {}
+
+    def freeze(self) -> None:
+        """Tells that the encoder's weights change no more."""
+        self._trained = False
 
     def truncated(self, prompts: Sequence[str]) -> dict[str, str]:
         """Returns what each prompt loses because it does not fit; prompts that fit are left out."""
@@ -52,7 +73,7 @@ class TextConditioner:
         """Returns the text vectors of one batch, [b, n, w]; n is the batch's longest prompt, or the model's limit."""
         tokens = self._batch_tokens(tuple(prompts))
         if self._trained:
-            return encode(self._text_encoder, tokens)
+            return encode(self._text_encoder, tokens, self._clip_skip)
         length = tokens.input_ids.shape[1]
         return torch.cat([self._frozen(prompt)[:, :length] for prompt in prompts])
 
@@ -68,8 +89,10 @@ class TextConditioner:
     def _frozen(self, prompt: str) -> torch.Tensor:
         held = self._vectors.get(prompt)
         if held is None:
-            held = encode(self._text_encoder, tokenize(self._tokenizer, [prompt], self._max_length))
-            if self._cache:
+            tokens = tokenize(self._tokenizer, [prompt], self._max_length)
+            held = encode(self._text_encoder, tokens, self._clip_skip)
+            self._cache_bytes -= held.nbytes
+            if self._cache_bytes >= 0:
                 self._vectors[prompt] = held
         return held
 

@@ -20,9 +20,13 @@ CHECKPOINT_TIME_SHARE = 0.02
 
 @dataclass(slots=True)
 class Counters:
-    """What moves from update to update besides the weights; all of it is in every checkpoint."""
+    """What moves from update to update besides the weights; all of it is in every checkpoint.
 
-    decay_steps: int
+    Attributes:
+        planned: updates of the whole training as first asked for; the learning-rate curves keep that length.
+    """
+
+    planned: int
     update: int = 0
     samples: int = 0
     skipped: int = 0

@@ -86,6 +86,9 @@ class EpochPlan:
     An epoch has one slot per picture of the longer of the two lists (at least one batch); the shorter list wraps
     around, reshuffled on each round. Its last micro-step may be short, and so may its last update. Everything follows
     from the update's index, so a position in the data needs no state.
+
+    Balanced concepts take turns instead, in an order drawn anew for each turn, so that all of them come equally often
+    and the pictures of the smaller ones more often.
     """
 
     def __init__(
@@ -95,8 +98,10 @@ class EpochPlan:
         seed: int,
         train_batch_size: int,
         gradient_accumulation_steps: int,
+        balanced: bool = False,
     ) -> None:
         self._concepts = tuple(concepts)
+        self._balanced = balanced
         self._seed = seed
         self._batch = train_batch_size
         self._accumulation = gradient_accumulation_steps
@@ -104,7 +109,10 @@ class EpochPlan:
         if not all(concept.instance_pictures for concept in concepts) or not concepts:
             raise ValueError("a concept has no instance picture to train on")
         class_pictures = sum(len(concept.class_pictures) for concept in concepts)
-        self._slots = max(len(self._instances), class_pictures, train_batch_size)
+        instances = len(self._instances)
+        if balanced:
+            instances = len(self._concepts) * max(len(concept.instance_pictures) for concept in concepts)
+        self._slots = max(instances, class_pictures, train_batch_size)
         self._cached_epoch: tuple[int, list[Pair]] | None = None
 
     @property
@@ -132,12 +140,29 @@ class EpochPlan:
         return self._cached_epoch[1]
 
     def _draw_epoch(self, epoch: int) -> list[Pair]:
-        instances = self._rounds(self._instances, self._seed, epoch, "instance")
+        if self._balanced:
+            instances = self._turns(epoch)
+        else:
+            instances = self._rounds(self._instances, self._seed, epoch, "instance")
         classes = [
             self._rounds(concept.class_pictures, concept.instance_pictures[0].seed, epoch, f"class {index}")
             for index, concept in enumerate(self._concepts)
         ]
         return [Pair(use, next(classes[use.picture.concept], None)) for use in islice(instances, self._slots)]
+
+    def _turns(self, epoch: int) -> Iterator[Use]:
+        """Yields instance pictures of one concept after the other."""
+        uses = [
+            self._rounds(
+                concept.instance_pictures, concept.instance_pictures[0].seed, epoch, f"instance {index}"
+            )
+            for index, concept in enumerate(self._concepts)
+        ]
+        turn = 0
+        while True:
+            for index in permutation(len(uses), self._seed, Purpose.ORDER, epoch, "concepts", turn):
+                yield next(uses[index])
+            turn += 1
 
     def _rounds(self, pictures: Sequence[Picture], seed: int, epoch: int, name: str) -> Iterator[Use]:
         """Yields the pictures round after round, each round in its own order; nothing if there are none."""

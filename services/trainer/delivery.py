@@ -2,18 +2,25 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
 
 from likeness.storage.v1.artifact_pb2 import Blob
-from likeness.storage.v1.model_pb2 import Lineage, ModelComponent, ModelFormat, ModelManifest
+from likeness.storage.v1.model_pb2 import (
+    Lineage,
+    ModelComponent,
+    ModelExport,
+    ModelFormat,
+    ModelManifest,
+)
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.adapters.manifests import digest_of, to_json
-from services.domain.artifacts import SINGLE_FILE_CONFIG, digest_of_key
+from services.domain.artifacts import digest_of_key
+from services.domain.training_spec import LOW_RANK
+from services.trainer.shared_files import shared_paths
 
 MAX_WARNINGS = 100
-
-_SHARED_CONFIG = (f"{SINGLE_FILE_CONFIG}/tokenizer/", f"{SINGLE_FILE_CONFIG}/scheduler/")
 
 
 def model_manifest(
@@ -23,8 +30,12 @@ def model_manifest(
     spec: pb.TrainingSpec,
     lineage: Lineage,
     note: str = "",
+    exports: Iterable[ModelExport] = (),
 ) -> ModelManifest:
-    """Describes a fine-tuned model: what it changed, and the base's own files for all the rest.
+    """Describes a trained model: what it changed, and the base's own files for all the rest.
+
+    A LoRA is listed in the same way, as its base and one small file more beside each part that it changes: whoever
+    loads that folder draws with both. `exports` are the LoRA alone, in the layouts that other programs read.
 
     Args:
         base: manifest of the model the training began with.
@@ -33,14 +44,16 @@ def model_manifest(
         spec: what was asked for.
         lineage: how it was made.
         note: remark for people.
+        exports: the same weights in other formats.
     """
-    components = {component.path: component for component in shared_components(base)}
+    low_rank = spec.method in LOW_RANK
+    components = {component.path: component for component in shared_components(base, spec)}
     keys = {component.digest: component.key for component in base.components}
     for path, blob in files.items():
         key = keys.get(blob.digest, blob.key)
         components[path] = ModelComponent(path=path, key=key, digest=blob.digest, size_bytes=blob.size_bytes)
     return ModelManifest(
-        format=ModelFormat.MODEL_FORMAT_DIFFUSERS,
+        format=ModelFormat.MODEL_FORMAT_LORA if low_rank else ModelFormat.MODEL_FORMAT_DIFFUSERS,
         family=base.family,
         components=[components[path] for path in sorted(components)],
         base_manifest_key=base_manifest_key,
@@ -52,23 +65,34 @@ def model_manifest(
         training_defaults=base.training_defaults,
         clip_skip=spec.clip_skip,
         note=note or base.note,
+        exports=exports,
     )
 
 
-def shared_components(base: ModelManifest) -> list[ModelComponent]:
-    """The files that a fine-tune has in common with its base, where they lie in a diffusers folder.
+def model_export(name: str, file: str, blob: Blob) -> ModelExport:
+    """Describes one file of a model in another format.
 
-    Of a base that is one file these are tokenizer and scheduler; all weights come from the training's export.
+    Args:
+        name: the format.
+        file: path of the file that was stored.
+        blob: where it is stored.
     """
-    if base.format != ModelFormat.MODEL_FORMAT_SINGLE_FILE:
-        return list(base.components)
+    return ModelExport(format=name, key=blob.key, file_name=PurePath(file).name, size_bytes=blob.size_bytes)
+
+
+def shared_components(base: ModelManifest, spec: pb.TrainingSpec) -> list[ModelComponent]:
+    """The files that a trained model has in common with its base, where they lie in its folder."""
+    parts = {"unet": spec.train_unet, "text_encoder": spec.train_text_encoder}
+    components = {component.path: component for component in base.components}
+    places = shared_paths(
+        components, changed=[part for part, on in parts.items() if on], low_rank=spec.method in LOW_RANK
+    )
     shared = []
-    for component in base.components:
-        if component.path.startswith(_SHARED_CONFIG):
-            moved = ModelComponent()
-            moved.CopyFrom(component)
-            moved.path = component.path.removeprefix(f"{SINGLE_FILE_CONFIG}/")
-            shared.append(moved)
+    for path, original in places.items():
+        moved = ModelComponent()
+        moved.CopyFrom(components[original])
+        moved.path = path
+        shared.append(moved)
     return shared
 
 

@@ -63,3 +63,8 @@ def schedule_name(spec: pb.TrainingSpec) -> str:
     """Returns the learning-rate schedule's name in the spelling of `optim.LearningRateSchedule`."""
     name = pb.LearningRateSchedule.Name(spec.lr_scheduler).removeprefix("LEARNING_RATE_SCHEDULE_").lower()
     return "constant" if name == "unspecified" else name
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Returns the context in which a forward pass computes with `dtype`; float32 is left alone."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)

@@ -8,8 +8,12 @@ costs neither a second copy of the model nor noticeable time.
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
+from torch import nn
+
+from services.diffusion.lora import Adapter, Part, matching_modules
 
 SPIKE_WINDOW = 100
 SPIKE_FACTOR = 5.0
@@ -23,6 +27,19 @@ def is_spike(loss: float, recent_losses: Sequence[float]) -> bool:
     """Whether a loss is more than five times the median of the last 100, once there are so many."""
     window = recent_losses[-SPIKE_WINDOW:]
     return len(window) == SPIKE_WINDOW and loss > SPIKE_FACTOR * statistics.median(window)
+
+
+class Watch(Protocol):
+    """Measures how far weights move; it only reads."""
+
+    def mark(self) -> None:
+        """Remembers the weights as they are before an update."""
+
+    def change(self) -> float:
+        """Returns the norm of all weights' change since the mark, relative to their norm."""
+
+    def drift(self) -> tuple[str, float]:
+        """Returns the layer that has moved farthest from where it began, relative to its norm there."""
 
 
 class WeightWatch:
@@ -68,6 +85,65 @@ class WeightWatch:
             weight = math.sqrt(elements.numel() / sampled.numel())
             layers.setdefault(name.rpartition(".")[0], []).append(sampled * weight)
         return {layer: torch.cat(parts) for layer, parts in layers.items()}
+
+
+class AdapterWatch:
+    """The same for low-rank adapters, by what merging them would add to the weights of the base.
+
+    The factors themselves say nothing: one begins at zero, so that any first step of it is infinitely large.
+
+    Args:
+        adapters: each adapter with the model it sits on.
+    """
+
+    def __init__(self, adapters: Mapping[Part, tuple[Adapter, nn.Module]]) -> None:
+        self._adapters = [adapter for adapter, _ in adapters.values()]
+        self._scales: dict[str, float] = {}
+        self._sizes: dict[str, float] = {}
+        for part, (adapter, module) in adapters.items():
+            weights = adapter.weights()
+            for name, layer in matching_modules(module, weights, part).items():
+                self._scales[name] = weights.modules[name].scale
+                self._sizes[name] = float(layer.weight.detach().float().norm()) or 1.0
+        self._marked = self._factors()
+
+    def mark(self) -> None:
+        """Remembers the adapters as they are before an update."""
+        self._marked = {name: (b.clone(), a.clone()) for name, (b, a) in self._factors().items()}
+
+    def change(self) -> float:
+        """Returns the norm of what has been added since the mark, relative to the base's norm."""
+        moved = []
+        for name, (b, a) in self._factors().items():
+            old_b, old_a = self._marked[name]
+            moved.append(
+                self._scales[name] * _product_norm(torch.cat([b, -old_b], dim=1), torch.cat([a, old_a]))
+            )
+        return math.hypot(*moved) / math.hypot(*self._sizes.values())
+
+    def drift(self) -> tuple[str, float]:
+        """Returns the layer of the base that is changed most, relative to its norm."""
+        drifts = {
+            name: self._scales[name] * _product_norm(b, a) / self._sizes[name]
+            for name, (b, a) in self._factors().items()
+        }
+        return max(drifts.items(), key=lambda item: item[1], default=("", 0.0))
+
+    def _factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Returns by module B [o, r] and A [r, n], n the inputs times the cells of the kernel."""
+        factors = {}
+        for adapter in self._adapters:
+            parameters = adapter.parameters()
+            for name in adapter.modules:
+                b, a = parameters[f"{name}.lora_B.weight"], parameters[f"{name}.lora_A.weight"]
+                factors[name] = (b.detach().flatten(1), a.detach().flatten(1))
+        return factors
+
+
+def _product_norm(b: torch.Tensor, a: torch.Tensor) -> float:
+    """Returns the Frobenius norm of B A by the r x r matrices B'B and A A', without the product itself."""
+    squared = ((b.T @ b).double() * (a @ a.T).double()).sum()
+    return math.sqrt(max(0.0, float(squared)))
 
 
 def remarks(spikes: int, largest_change: float, drift: tuple[str, float]) -> list[str]:

@@ -94,11 +94,13 @@ def peak_learning_rate(
     train_batch_size: int,
     gradient_accumulation_steps: int,
     processes: int = 1,
+    exponent: float = 1.0,
 ) -> float:
-    """Returns the peak rate; with scale_lr it grows with the instance samples of one update on all processes."""
+    """Returns the peak rate; with scale_lr it grows with a power of the (instance) samples of one update."""
     if not scale_lr:
         return learning_rate
-    return learning_rate * train_batch_size * gradient_accumulation_steps * processes
+    samples = train_batch_size * gradient_accumulation_steps * processes
+    return float(learning_rate * samples**exponent)
 
 
 def build_adamw(
@@ -146,3 +148,13 @@ def clip_jointly(parameters: Sequence[torch.nn.Parameter], max_grad_norm: float)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     return norm
+
+
+def clip_separately(groups: Sequence[Sequence[torch.nn.Parameter]], max_grad_norm: float) -> torch.Tensor:
+    """Clips each group as :func:`clip_jointly`, by its own norm.
+
+    Returns:
+        The joint norm of all groups before clipping, a scalar.
+    """
+    norms = [clip_jointly(group, max_grad_norm) for group in groups]
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from likeness.training.v1 import training_job_pb2 as pb
 
+from services.trainer.captions import CaptionedData
 from services.trainer.data import Concept
 
 
@@ -25,6 +26,9 @@ class Run:
         device: where the tensors live.
         resume_from: folder of one checkpoint to go on from; None: the newest in `workdir`, if there is one.
         checkpoint_interval_s: seconds between recovery checkpoints.
+        family: of the base model, for those who look for add-ons that fit it; empty: unknown.
+        license: of the base model; empty: unknown.
+        captioned: pictures with captions of their own; None unless the recipe trains on such.
     """
 
     spec: pb.TrainingSpec
@@ -35,6 +39,9 @@ class Run:
     device: torch.device
     resume_from: Path | None = None
     checkpoint_interval_s: float = 60.0
+    family: str = ""
+    license: str = ""
+    captioned: CaptionedData | None = None
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -121,7 +128,8 @@ class Outcome:
         step: updates that are over (of the delivered weights).
         final_loss: mean loss of the last 50 updates; NaN when there was none.
         export_folder: where the exported files are.
-        files: exported files, relative to that folder; empty after YIELDED and STOPPED.
+        files: exported files of the model, relative to that folder; empty after YIELDED and STOPPED.
+        other_formats: files with the same weights for other programs, relative to that folder, by the format's name.
         checkpoint: folder of the checkpoint that a yielded run goes on from.
         warnings: remarks for the owner.
         report: seed, effective configuration and versions: enough to repeat the run.
@@ -133,6 +141,7 @@ class Outcome:
     final_loss: float
     export_folder: Path = Path()
     files: tuple[Path, ...] = ()
+    other_formats: Mapping[str, Path] = field(default_factory=dict)
     checkpoint: Path | None = None
     warnings: tuple[str, ...] = ()
     report: Mapping[str, object] = field(default_factory=dict)

@@ -39,11 +39,22 @@ HONOURED = frozenset(
         "adam_weight_decay",
         "adam_epsilon",
         "max_grad_norm",
+        "clip_models_separately",
         "with_prior_preservation",
         "prior_loss_weight",
         "train_unet",
         "train_text_encoder",
+        "unet_steps",
+        "text_encoder_steps",
         "pad_tokens",
+        "clip_skip",
+        "caption_dropout",
+        "min_snr_gamma",
+        "offset_noise",
+        "ema_decay",
+        "zero_terminal_snr",
+        "balance_concepts",
+        "lora",
         "save_full_precision",
     }
 )
@@ -80,8 +91,6 @@ def check_supported(spec: pb.TrainingSpec) -> None:
     ]
     if spec.recipe not in (pb.RECIPE_UNSPECIFIED, pb.RECIPE_DREAMBOOTH):
         faults.append(Violation("recipe", "must be DreamBooth"))
-    if spec.method not in (pb.TRAINING_METHOD_UNSPECIFIED, pb.TRAINING_METHOD_FULL):
-        faults.append(Violation("method", "must be full"))
     if not (spec.train_unet or spec.train_text_encoder):
         faults.append(Violation("train_unet", "must be set unless the text encoder is trained"))
     faults += [Violation(name, "must be at least 1") for name in _AT_LEAST_ONE if getattr(spec, name) < 1]

@@ -20,6 +20,7 @@ from likeness.training.v1 import training_job_pb2 as pb
 
 from services.adapters.blob_cache import BlobCache, FetchedModel
 from services.adapters.child_process import ChildDied
+from services.adapters.manifests import to_json
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import bound, continued_trace
 from services.domain.artifacts import digest_of_key, media_type_of
@@ -35,7 +36,13 @@ from services.domain.errors import (
 from services.domain.job import JobFailure, Stage
 from services.jobs.worker_client import JobHandle, WorkerClient, last_word
 from services.trainer.checkpoint_uploads import CheckpointUploads
-from services.trainer.delivery import concept_entries, lineage_of, model_manifest, training_result
+from services.trainer.delivery import (
+    concept_entries,
+    lineage_of,
+    model_export,
+    model_manifest,
+    training_result,
+)
 from services.trainer.device_process import Event, TrainingProcess
 from services.trainer.work_folder import work_folder
 
@@ -218,7 +225,20 @@ class TrainingWorker:
             "workdir": str(folder),
             "resume_from": await self._fetch_checkpoint(handle, folder / "resume"),
             "checkpoint_interval_s": self._checkpoint_interval_s,
+            "family": model.manifest.family,
+            "license": model.manifest.license,
+            "dataset": await self._describe_pictures(spec, prepared, folder / "dataset.json"),
         }
+
+    async def _describe_pictures(
+        self, spec: pb.TrainingSpec, prepared: pb.PreparedInputs, file: Path
+    ) -> str | None:
+        """Writes down what storage says of pictures with captions of their own; other recipes need a prompt only."""
+        if spec.recipe != pb.RECIPE_EVERYDREAM:
+            return None
+        dataset = await self._storage.get_dataset(prepared.datasets[0].instance_key)
+        await asyncio.to_thread(file.write_bytes, to_json(dataset))
+        return str(file)
 
     async def _fetch_pictures(self, key: str, folder: Path) -> list[dict[str, str]]:
         if not key:
@@ -312,9 +332,13 @@ class TrainingWorker:
             files[file["path"]] = await self._storage.upload_file(
                 handle.project_id, Path(file["file"]), media_type_of(file["path"])
             )
+        exports = []
+        for name, file in ended.get("other_formats", {}).items():
+            blob = await self._storage.upload_file(handle.project_id, Path(file), media_type_of(file))
+            exports.append(model_export(name, file, blob))
         note = f"training diverged; these are its weights after {ended['step']} updates" if diverged else ""
         lineage = lineage_of(handle.job_id, spec, prepared, ended, self._process.device)
-        manifest = model_manifest(model.manifest, model.manifest_key, files, spec, lineage, note)
+        manifest = model_manifest(model.manifest, model.manifest_key, files, spec, lineage, note, exports)
         key = await self._register(handle, manifest, spec.model_name)
         if diverged:
             raise Diverged(

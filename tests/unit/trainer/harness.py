@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from services.trainer.data import Concept, Picture
 from services.trainer.recipes import dreambooth
+from services.trainer.report import REPORT
 from services.trainer.run import Outcome, Progress, Request, Run, Stage
 
 RESOLUTION = 16
@@ -46,6 +47,7 @@ def complete_spec(**changes: Any) -> pb.TrainingSpec:
         "sample_batch_size": 2,
         "train_unet": True,
         "train_text_encoder": True,
+        "caption_dropout": 0.0,
         "preview_steps": 250,
         "save_full_precision": True,
     }
@@ -175,7 +177,7 @@ class Trained:
         return exported_weights(self.run.export_folder)
 
     def report(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads((self.run.export_folder / dreambooth.REPORT).read_text())
+        document: dict[str, Any] = json.loads((self.run.export_folder / REPORT).read_text())
         return document
 
 

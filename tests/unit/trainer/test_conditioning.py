@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from transformers import CLIPTextModel
 
 from services.diffusion.loading import Components, load_components
-from services.trainer.conditioning import TextConditioner, posterior_encoder
-from tests.unit.trainer.harness import Bench
+from services.trainer.conditioning import TEXT_CACHE_BYTES, TextConditioner, posterior_encoder
+from tests.unit.trainer.harness import Bench, spying
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "a photo of a dog on the beach")
@@ -63,7 +64,7 @@ def test_kept_text_vectors_are_those_of_a_frozen_encoder_each_time(
             max_length=model.model_max_length,
             pad_tokens=pad_tokens,
             trained=trained,
-            cache=cache,
+            cache_bytes=TEXT_CACHE_BYTES if cache else 0,
         )
 
     kept, uncached = conditioner(trained=False, cache=True), conditioner(trained=False, cache=False)
@@ -72,3 +73,32 @@ def test_kept_text_vectors_are_those_of_a_frozen_encoder_each_time(
         assert torch.equal(kept.vectors(prompts), uncached.vectors(prompts))
         # Cut to the batch's length: later positions do not reach earlier ones in a causal model.
         torch.testing.assert_close(kept.vectors(prompts), whole_batch.vectors(prompts), atol=1e-5, rtol=0)
+
+
+def test_a_frozen_encoder_is_asked_once_for_a_prompt_and_a_full_cache_changes_nothing(
+    model: Components,
+) -> None:
+    calls: list[int] = []
+
+    def conditioner_of(*, trained: bool, cache_bytes: int = TEXT_CACHE_BYTES) -> TextConditioner:
+        return TextConditioner(
+            model.tokenizer,
+            model.text_encoder,
+            max_length=model.model_max_length,
+            pad_tokens=True,
+            trained=trained,
+            cache_bytes=cache_bytes,
+        )
+
+    conditioner = conditioner_of(trained=True)
+    with spying(CLIPTextModel, "forward", lambda *a, **k: calls.append(1)):
+        for _ in range(2):
+            conditioner.vectors(PROMPTS)
+        while_training = len(calls)
+        conditioner.freeze()
+        for _ in range(3):
+            frozen = conditioner.vectors(PROMPTS)
+    assert (while_training, len(calls)) == (2, 2 + len(PROMPTS))
+    small = conditioner_of(trained=False, cache_bytes=frozen[:1].nbytes)
+    assert torch.equal(small.vectors(PROMPTS), frozen)
+    assert torch.equal(small.vectors(PROMPTS), frozen)

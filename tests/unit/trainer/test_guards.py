@@ -5,11 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from services.diffusion.lora import LoraShape, attach
 from services.domain.errors import BadInput
 from services.trainer import counters as counters_module
+from services.trainer import updates
 from services.trainer.counters import Counters
 from services.trainer.data import Encoder
-from services.trainer.guards import SAMPLED_ELEMENTS, WeightWatch, is_spike, remarks
+from services.trainer.guards import SAMPLED_ELEMENTS, AdapterWatch, WeightWatch, is_spike, remarks
 from services.trainer.recipes import dreambooth
 from services.trainer.run import Ending
 from tests.unit.trainer.harness import Bench, complete_spec, same_bits
@@ -85,6 +87,33 @@ def test_remarks_are_made_beyond_the_limits_only() -> None:
     assert "unet.conv_in moved by 51%" in drift
 
 
+def test_an_adapters_moves_are_those_of_the_merged_weights() -> None:
+    linear = torch.nn.Linear(30, 20, bias=False)
+    layer = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"fc1": linear})})
+    model = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})})
+    generator = torch.Generator().manual_seed(3)
+    adapter = attach(
+        model,
+        LoraShape(rank=4, alpha=2.0),
+        part="text_encoder",
+        initial=lambda name, shape: torch.randn(shape, generator=generator),
+    )
+    watch = AdapterWatch({"text_encoder": (adapter, model)})
+    (name,) = adapter.modules
+    size = float(linear.weight.detach().norm())
+    assert watch.drift() == (name, 0.0)
+    before = torch.zeros(20, 30)
+    for _ in range(2):
+        watch.mark()
+        with torch.no_grad():
+            for parameter in adapter.parameters().values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        now = adapter.merged_delta(name)
+        assert watch.change() == pytest.approx(float((now - before).norm()) / size, rel=1e-4)
+        assert watch.drift()[1] == pytest.approx(float(now.norm()) / size, rel=1e-4)
+        before = now.clone()
+
+
 def test_a_calm_training_is_not_remarked_upon(bench: Bench) -> None:
     assert bench.train(complete_spec(**CALM)).outcome.warnings == ()
 
@@ -96,7 +125,7 @@ def test_a_rate_that_is_far_too_high_is_remarked_upon(bench: Bench) -> None:
 
 
 def test_a_loss_spike_is_counted_through_an_interruption() -> None:
-    counters = Counters(decay_steps=1)
+    counters = Counters(planned=1)
     for update in range(150):
         counters.note(100.0 if update in (99, 120, 149) else 1.0, finite=True, samples=1)
     counters = Counters(**counters.as_json())
@@ -107,7 +136,7 @@ def test_a_loss_spike_is_counted_through_an_interruption() -> None:
 
 def test_watching_the_weights_changes_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seldom = bench.train(complete_spec(), name="seldom")
-    monkeypatch.setattr(dreambooth, "WATCHED_EVERY", 1)
+    monkeypatch.setattr(updates, "WATCHED_EVERY", 1)
     always = bench.train(complete_spec(), name="always")
     assert same_bits(seldom.weights(), always.weights())
 

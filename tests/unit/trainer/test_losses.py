@@ -7,8 +7,16 @@ import torch
 from diffusers import DDPMScheduler
 
 from services.diffusion.loading import Components, load_components
-from services.domain.errors import BadInput
-from services.trainer.losses import NoiseSchedule, add_noise, micro_step_loss, per_sample_mse, training_target
+from services.domain.errors import BadInput, InvalidSpec
+from services.trainer.losses import (
+    NoiseSchedule,
+    add_noise,
+    min_snr_weights,
+    per_sample_mse,
+    shared_loss,
+    training_target,
+    update_shares,
+)
 from tests.unit.trainer.harness import Bench
 
 BETA_START, BETA_END, STEPS = 0.00085, 0.012, 1000
@@ -48,7 +56,12 @@ def schedule_of(prediction_type: str) -> NoiseSchedule:
 
 
 def reference_gradients(
-    model: Components, samples: Samples, prediction_type: str, num_instance: int, prior_loss_weight: float
+    model: Components,
+    samples: Samples,
+    prediction_type: str,
+    num_instance: int,
+    prior_loss_weight: float,
+    gamma: float = 0.0,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The update's loss and gradients in float64, every formula written out again, one sample at a time."""
     unet, text_encoder = model.unet.double(), model.text_encoder.double()
@@ -66,6 +79,9 @@ def reference_gradients(
         target = e if prediction_type == "epsilon" else alpha**0.5 * e - (1 - alpha) ** 0.5 * z0
         error = ((answer - target) ** 2).sum() / target.numel()
         weight = 1.0 / num_instance if index < num_instance else prior_loss_weight / num_class
+        if gamma:
+            snr = alpha / (1 - alpha)
+            weight *= min(snr, gamma) / (snr if prediction_type == "epsilon" else snr + 1)
         total = total + weight * error
     total.backward()  # type: ignore[no-untyped-call]
     named = [*unet.named_parameters(), *text_encoder.named_parameters()]
@@ -73,7 +89,12 @@ def reference_gradients(
 
 
 def our_gradients(
-    model: Components, samples: Samples, schedule: NoiseSchedule, num_instance: int, prior_loss_weight: float
+    model: Components,
+    samples: Samples,
+    schedule: NoiseSchedule,
+    num_instance: int,
+    prior_loss_weight: float,
+    gamma: float = 0.0,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The same through the functions under test, in float32, as two micro-steps of one update."""
     total, half_instance = 0.0, num_instance // 2
@@ -86,27 +107,31 @@ def our_gradients(
         z0, e, t = samples.z0[part], samples.e[part], samples.t[part]
         c = model.text_encoder(samples.ids[part]).last_hidden_state
         answer = model.unet(add_noise(schedule, z0, e, t), t, encoder_hidden_states=c).sample
-        loss = micro_step_loss(
-            per_sample_mse(answer, training_target(schedule, z0, e, t)),
+        shares = update_shares(
+            min_snr_weights(schedule, t, gamma),
             num_instance=instances,
             instance_total=num_instance,
             class_total=num_class,
             prior_loss_weight=prior_loss_weight,
         )
+        loss = shared_loss(per_sample_mse(answer, training_target(schedule, z0, e, t)), shares)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     named = [*model.unet.named_parameters(), *model.text_encoder.named_parameters()]
     return total, {name: p.grad for name, p in named if p.grad is not None}
 
 
+@pytest.mark.parametrize("gamma", [0.0, 5.0], ids=["plain", "min-SNR"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_loss_and_gradients_equal_the_float64_reference(prediction_type: str, bench: Bench) -> None:
+def test_loss_and_gradients_equal_the_float64_reference(
+    prediction_type: str, gamma: float, bench: Bench
+) -> None:
     samples = draw_samples(load_components(bench.model_folder), 5)
     ours, gradients = our_gradients(
-        load_components(bench.model_folder), samples, schedule_of(prediction_type), 3, 0.7
+        load_components(bench.model_folder), samples, schedule_of(prediction_type), 3, 0.7, gamma
     )
     expected, reference = reference_gradients(
-        load_components(bench.model_folder), samples, prediction_type, 3, 0.7
+        load_components(bench.model_folder), samples, prediction_type, 3, 0.7, gamma
     )
     assert ours == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == reference.keys()
@@ -138,5 +163,43 @@ def test_errors_are_computed_in_float32_whatever_comes_in() -> None:
 
 def test_the_two_means_do_not_mix() -> None:
     errors = torch.tensor([1.0, 3.0, 10.0])
-    loss = micro_step_loss(errors, num_instance=2, instance_total=2, class_total=1, prior_loss_weight=0.5)
-    assert float(loss) == pytest.approx(2.0 + 5.0)
+    shares = update_shares(
+        torch.ones(3), num_instance=2, instance_total=2, class_total=1, prior_loss_weight=0.5
+    )
+    assert float(shared_loss(errors, shares)) == pytest.approx(2.0 + 5.0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_the_formula_of_the_prediction_type(prediction_type: str) -> None:
+    t, alphas = [0, 300, 500, 999], reference_alphas()
+    weights = min_snr_weights(schedule_of(prediction_type), torch.tensor(t), 5.0)
+    expected = []
+    for index in t:
+        snr = alphas[index] / (1 - alphas[index])
+        expected.append(min(snr, 5.0) / (snr + (prediction_type == "v_prediction")))
+    assert weights.dtype is torch.float32
+    assert weights.tolist() == pytest.approx(expected, rel=1e-3)
+    assert weights[0] < 0.01, "hardly any noise: a sample that teaches next to nothing"
+    assert (weights[-1] == 1.0) == (prediction_type == "epsilon")
+
+
+def test_a_zero_terminal_snr_schedule_ends_without_signal_and_keeps_its_beginning() -> None:
+    plain = schedule_of("v_prediction")
+    stretched = plain.with_zero_terminal_snr()
+    ours, before = stretched.alphas_cumprod, plain.alphas_cumprod
+    assert float(ours[-1]) == 0.0
+    assert float(ours[0]) == pytest.approx(float(before[0]), rel=1e-6)
+    library = DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        rescale_betas_zero_snr=True,
+    )
+    torch.testing.assert_close(ours[:-1], library.alphas_cumprod[:-1], atol=1e-5, rtol=1e-3)
+    target = training_target(stretched, torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([999]))
+    assert float(target.max()) == -1.0, "at the end the velocity is the clean latent, negative"
+
+
+def test_a_zero_terminal_snr_schedule_needs_velocities() -> None:
+    with pytest.raises(InvalidSpec, match="zero_terminal_snr: needs a base model with v-prediction"):
+        schedule_of("epsilon").with_zero_terminal_snr()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 from transformers.models.clip import modeling_clip
 
+from services.diffusion.loading import load_components
 from services.domain.errors import BadInput, InvalidSpec
-from services.trainer import optim, randomness
-from services.trainer.losses import NoiseSchedule
+from services.trainer import optim, randomness, updates
+from services.trainer.batches import BatchSource, prompt_or_nothing
+from services.trainer.data import Use
+from services.trainer.losses import NoiseSchedule, noise_schedule_of
+from services.trainer.moving_average import MovingAverage
 from services.trainer.randomness import Purpose
-from services.trainer.recipes import dreambooth
+from services.trainer.report import REPORT
 from services.trainer.support import HONOURED, OF_OTHERS
+from tests.unit.trainer import test_lora_training
 from tests.unit.trainer.harness import (
     RESOLUTION,
     Bench,
@@ -35,8 +41,9 @@ from tests.unit.trainer.harness import (
 )
 
 PROOFS = {
-    "recipe": "test_another_recipe_or_method_is_refused",
-    "method": "test_another_recipe_or_method_is_refused",
+    "recipe": "test_another_recipe_is_refused",
+    "method": "test_only_the_adapters_learn_and_the_base_keeps_its_bits",
+    "lora": "test_alpha_scales_what_is_added",
     "concepts": "test_concepts_prompts_reach_the_text_encoder",
     "seed": "test_seed_decides_all_weights",
     "resolution": "test_resolution_sets_the_size_the_unet_sees",
@@ -66,6 +73,16 @@ PROOFS = {
     "train_unet": "test_train_unet_false_leaves_the_unet",
     "train_text_encoder": "test_train_text_encoder_false_leaves_the_text_encoder",
     "pad_tokens": "test_pad_tokens_sets_the_length_the_unet_attends_to",
+    "clip_models_separately": "test_clip_models_separately_limits_each_models_norm",
+    "unet_steps": "test_a_part_is_frozen_after_its_own_steps",
+    "text_encoder_steps": "test_a_part_is_frozen_after_its_own_steps",
+    "clip_skip": "test_clip_skip_trains_and_conditions_on_an_inner_layer",
+    "caption_dropout": "test_caption_dropout_of_one_makes_the_weights_independent_of_captions",
+    "min_snr_gamma": "test_min_snr_gamma_weights_each_sample_by_its_own_timestep",
+    "offset_noise": "test_offset_noise_moves_the_mean_of_whole_channels",
+    "ema_decay": "test_ema_decay_publishes_the_moving_average",
+    "zero_terminal_snr": "test_zero_terminal_snr_trains_to_no_signal_and_draws_from_there",
+    "balance_concepts": "test_balance_concepts_draws_all_concepts_equally_often",
     "save_full_precision": "test_save_full_precision_sets_the_type_of_the_published_weights",
 }
 
@@ -75,7 +92,7 @@ def test_every_field_of_the_specification_is_proved_refused_or_of_others() -> No
     assert set(PROOFS) == HONOURED
     assert fields >= HONOURED | OF_OTHERS
     assert not HONOURED & OF_OTHERS
-    assert all(name in globals() for name in PROOFS.values())
+    assert all(name in globals() | vars(test_lora_training) for name in PROOFS.values())
     refused = fields - HONOURED - OF_OTHERS
     assert refused == set(REFUSED_VALUES)
 
@@ -83,20 +100,9 @@ def test_every_field_of_the_specification_is_proved_refused_or_of_others() -> No
 REFUSED_VALUES: dict[str, Any] = {
     "aspect_ratio_bucketing": True,
     "flip_probability": 0.5,
-    "clip_models_separately": True,
-    "unet_steps": 1,
-    "text_encoder_steps": 1,
-    "clip_skip": 2,
-    "caption_dropout": 0.1,
     "shuffle_tags": True,
     "tag_dropout": 0.1,
     "rated_dataset": True,
-    "lora": pb.LoraSettings(rank=4),
-    "min_snr_gamma": 5.0,
-    "offset_noise": 0.1,
-    "ema_decay": 0.99,
-    "zero_terminal_snr": True,
-    "balance_concepts": True,
     "publish_every_minutes": 1.0,
     "save_optimizer": True,
     "export_formats": [pb.EXPORT_FORMAT_SINGLE_FILE],
@@ -117,11 +123,9 @@ def test_what_the_recipe_cannot_do_is_refused_by_name(field: str, bench: Bench) 
         bench.train(complete_spec(**{field: REFUSED_VALUES[field]}))
 
 
-def test_another_recipe_or_method_is_refused(bench: Bench) -> None:
+def test_another_recipe_is_refused(bench: Bench) -> None:
     with pytest.raises(InvalidSpec, match="recipe: must be DreamBooth"):
         bench.train(complete_spec(recipe=pb.RECIPE_EVERYDREAM))
-    with pytest.raises(InvalidSpec, match="method: must be full"):
-        bench.train(complete_spec(method=pb.TRAINING_METHOD_LORA))
 
 
 def test_a_specification_with_open_defaults_is_refused(bench: Bench) -> None:
@@ -131,16 +135,22 @@ def test_a_specification_with_open_defaults_is_refused(bench: Bench) -> None:
         bench.train(spec)
 
 
+NOISE = noise_schedule_of({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+
+
 class UnetSpy:
-    """Notes the shapes of every forward pass of the UNet."""
+    """Notes the shapes of every forward pass of the UNet that trains; the drawings that prove the export do not."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[int, ...]] = []
         self.text: list[tuple[int, ...]] = []
 
-    def __call__(self, unet: Any, sample: torch.Tensor, t: Any, encoder_hidden_states: torch.Tensor) -> None:
-        self.samples.append(tuple(sample.shape))
-        self.text.append(tuple(encoder_hidden_states.shape))
+    def __call__(
+        self, unet: Any, sample: torch.Tensor, t: Any, encoder_hidden_states: torch.Tensor, **options: Any
+    ) -> None:
+        if torch.is_grad_enabled():
+            self.samples.append(tuple(sample.shape))
+            self.text.append(tuple(encoder_hidden_states.shape))
 
 
 def watched(bench: Bench, spec: pb.TrainingSpec, name: str = "run", **data: Any) -> tuple[Trained, UnetSpy]:
@@ -226,12 +236,22 @@ def test_a_short_group_is_averaged_over_the_samples_it_has(
     def all_one(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (prediction - target).flatten(1).sum(1) * 0 + 1
 
-    monkeypatch.setattr(dreambooth, "per_sample_mse", all_one)
+    monkeypatch.setattr(updates, "per_sample_mse", all_one)
     values = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "prior_loss_weight": 0.7}
     trained, spy = watched(bench, complete_spec(max_train_steps=4, **values), instances=5, classes=3)
     # Five pairs an epoch: an update of two passes with four pairs, and one of a single pair.
     assert [shape[0] for shape in spy.samples] == [4, 4, 2] * 2
     assert trained.losses == pytest.approx([1.7] * 4, rel=1e-6)
+
+
+def training_call(seen: list[int]) -> Callable[..., None]:
+    """Counts calls that gradients flow through."""
+
+    def note(*arguments: Any, **named: Any) -> None:
+        if torch.is_grad_enabled():
+            seen.append(1)
+
+    return note
 
 
 def test_gradient_checkpointing_recomputes_and_gives_the_same_weights(bench: Bench) -> None:
@@ -241,14 +261,13 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_weights(bench: Ben
         calls: list[int] = []
         text_calls: list[int] = []
         with (
-            spying(modeling_clip.CLIPMLP, "forward", lambda *a, seen=text_calls, **k: seen.append(1)),
-            spying(AttnProcessor2_0, "__call__", lambda *a, seen=calls, **k: seen.append(1)),
+            spying(modeling_clip.CLIPMLP, "forward", training_call(text_calls)),
+            spying(AttnProcessor2_0, "__call__", training_call(calls)),
         ):
             trained = bench.train(complete_spec(max_train_steps=1, gradient_checkpointing=flag), name=name)
         passes[name], passes[f"{name} text"] = len(calls), len(text_calls)
         weights[name] = trained.weights()
-    of_the_vae = 2  # one an encoded picture; it is not trained, so nothing there is recomputed
-    assert passes["recomputed"] - of_the_vae == 2 * (passes["plain"] - of_the_vae)
+    assert passes["recomputed"] == 2 * passes["plain"] > 0
     assert passes["recomputed text"] == 2 * passes["plain text"]
     assert largest_difference(weights["plain"], weights["recomputed"]) < 1e-6
 
@@ -259,7 +278,8 @@ def test_mixed_precision_sets_the_type_of_activations(bench: Bench) -> None:
     for precision in (pb.MIXED_PRECISION_UNSPECIFIED, pb.MIXED_PRECISION_NO, pb.MIXED_PRECISION_BF16):
 
         def note(block: Any, *a: Any, hidden_states: torch.Tensor, key: int = precision, **k: Any) -> None:
-            types[key] = block.resnets[0].conv1(hidden_states).dtype
+            if torch.is_grad_enabled():
+                types[key] = block.resnets[0].conv1(hidden_states).dtype
 
         with spying(CrossAttnDownBlock2D, "forward", note):
             trained = bench.train(
@@ -289,22 +309,22 @@ def test_pictures_are_encoded_in_float32_beside_a_float16_network(bench: Bench) 
 
 
 def test_disable_fused_attention_swaps_the_kernels(bench: Bench) -> None:
-    called: list[str] = []
     runs = {}
     for flag in (False, True):
-        called.clear()
+        plain: list[int] = []
+        fused: list[int] = []
+        plain_text: list[int] = []
         with (
-            spying(AttnProcessor, "__call__", lambda *a, **k: called.append("plain")),
-            spying(AttnProcessor2_0, "__call__", lambda *a, **k: called.append("fused")),
-            spying(modeling_clip, "eager_attention_forward", lambda *a, **k: called.append("plain text")),
+            spying(AttnProcessor, "__call__", training_call(plain)),
+            spying(AttnProcessor2_0, "__call__", training_call(fused)),
+            spying(modeling_clip, "eager_attention_forward", training_call(plain_text)),
         ):
             runs[flag] = bench.train(
                 complete_spec(disable_fused_attention=flag, max_train_steps=1), name=str(flag)
             )
-        # The VAE's single attention stays fused: its picture is encoded once.
-        assert called.count("plain" if flag else "fused") >= 4
-        assert called.count("fused" if flag else "plain") <= 2
-        assert ("plain text" in called) == flag
+        assert len(plain if flag else fused) >= 4
+        assert not (fused if flag else plain)
+        assert bool(plain_text) == flag
     assert runs[True].losses == pytest.approx(runs[False].losses, abs=1e-4)
     assert "sdpa" in runs[False].outcome.execution_summary
     assert "plain attention" in runs[True].outcome.execution_summary
@@ -389,7 +409,7 @@ def test_lr_num_cycles_restarts_the_cosine(bench: Bench) -> None:
 )
 def test_optimizer_precision_is_obeyed(precision: int, bits: int, bench: Bench) -> None:
     built: list[bool] = []
-    with spying(dreambooth, "build_adamw", lambda *a, eight_bit, **k: built.append(eight_bit)):
+    with spying(updates, "build_adamw", lambda *a, eight_bit, **k: built.append(eight_bit)):
         trained = bench.train(complete_spec(optimizer_precision=precision, max_train_steps=2))
     assert built == [bits == 8]
     assert f"AdamW {bits}-bit" in trained.outcome.execution_summary
@@ -422,7 +442,7 @@ def test_each_adam_parameter_changes_the_second_update(change: dict[str, float],
     else:
         expected["weight_decay"] = 0.5
     built: list[dict[str, Any]] = []
-    with spying(dreambooth, "build_adamw", lambda groups, **named: built.append(named)):
+    with spying(updates, "build_adamw", lambda groups, **named: built.append(named)):
         bench.train(complete_spec(max_train_steps=1, **change), name="spied")
     assert {name: built[0][name] for name in expected} == expected
 
@@ -509,8 +529,8 @@ def test_train_text_encoder_false_leaves_the_text_encoder(bench: Bench) -> None:
     with spying(CLIPTextModel, "forward", note):
         trained = bench.train(complete_spec(train_text_encoder=False))
     assert {name.split(".")[0] for name in trained.weights()} == {"unet"}
-    # One pass a prompt, then the kept vectors.
-    assert frozen == [True, True]
+    # One pass a prompt, then the kept vectors; two more for the drawings that prove the export, one of a fresh model.
+    assert frozen == [True, True, True, False]
 
 
 def test_training_neither_model_is_refused(bench: Bench) -> None:
@@ -544,7 +564,7 @@ def test_weights_too_large_for_16_bits_are_published_in_32_with_a_warning(bench:
         with torch.no_grad():
             optimizer.param_groups[0]["params"][0].view(-1)[0] = 1e6
 
-    with spying(dreambooth, "set_learning_rates", enlarge):
+    with spying(updates, "set_learning_rates", enlarge):
         trained = bench.train(complete_spec(save_full_precision=False, max_train_steps=1, learning_rate=1e-9))
     assert optim.set_learning_rates is original
     assert {tensor.dtype for tensor in trained.weights().values()} == {torch.float32}
@@ -564,7 +584,7 @@ def test_the_exported_text_encoder_has_prefixed_names(bench: Bench) -> None:
     trained = bench.train(complete_spec(max_train_steps=1))
     names = load_file(trained.run.export_folder / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
-    assert trained.outcome.files[-1] == Path(dreambooth.REPORT)
+    assert trained.outcome.files[-1] == Path(REPORT)
 
 
 def test_a_prompt_that_does_not_fit_is_reported_with_the_lost_words(bench: Bench) -> None:
@@ -598,8 +618,8 @@ def test_the_models_own_prediction_type_decides_what_it_learns(bench: Bench) -> 
 
     errors: list[torch.Tensor] = []
     with (
-        spying(dreambooth, "training_target", note),
-        spying(dreambooth, "per_sample_mse", lambda prediction, target: errors.append(target)),
+        spying(updates, "training_target", note),
+        spying(updates, "per_sample_mse", lambda prediction, target: errors.append(target)),
     ):
         bench.train(complete_spec(max_train_steps=1), name="noise")
         folder = with_prediction_type(bench, "v_prediction")
@@ -644,12 +664,211 @@ def test_no_two_draws_of_a_run_share_their_random_numbers(bench: Bench) -> None:
 def test_seed_decides_the_order_of_the_pictures(bench: Bench) -> None:
     def order(seed: int) -> tuple[str, ...]:
         seen: list[str] = []
-        with spying(
-            dreambooth, "_collate", lambda pairs, *a: seen.append(pairs[0].instance.picture.sample_id)
-        ):
+        with spying(BatchSource, "batch", lambda source, uses, *a: seen.append(uses[0].picture.sample_id)):
             bench.train(complete_spec(seed=seed), name=str(seed))
         return tuple(seen)
 
     orders = [order(seed) for seed in range(5)]
     assert all(len(set(seen)) == 3 for seen in orders)
     assert len(set(orders)) > 1
+
+
+def test_clip_models_separately_limits_each_models_norm(bench: Bench) -> None:
+    clipped: dict[bool, list[float]] = {}
+
+    def note(optimizer: torch.optim.Optimizer, *a: Any, **k: Any) -> None:
+        clipped[separately] = [
+            float(torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None]).norm())
+            for group in optimizer.param_groups
+        ]
+
+    for separately in (False, True):
+        with spying(torch.optim.AdamW, "step", note):
+            spec = complete_spec(max_grad_norm=1e-3, clip_models_separately=separately, max_train_steps=1)
+            trained = bench.train(spec, name=str(separately))
+    assert clipped[True] == pytest.approx([1e-3, 1e-3], rel=1e-2)
+    assert torch.tensor(clipped[False]).norm().item() == pytest.approx(1e-3, rel=1e-2)
+    assert trained.recorder.updates[0].gradient_norm > 0.1, "the joint norm before clipping is reported"
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_part_is_frozen_after_its_own_steps(part: str, bench: Bench) -> None:
+    other = "unet" if part == "text_encoder" else "text_encoder"
+    frozen_early = bench.train(complete_spec(**{f"{part}_steps": 2}, max_train_steps=4), name="early")
+    two = bench.train(complete_spec(max_train_steps=2), name="two")
+    four = bench.train(complete_spec(max_train_steps=4), name="four")
+
+    def of(trained: Trained, component: str) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in trained.weights().items() if name.startswith(component)}
+
+    assert same_bits(of(frozen_early, part), of(two, part))
+    assert not same_bits(of(frozen_early, other), of(two, other))
+    assert not same_bits(of(frozen_early, part), of(four, part))
+
+
+def test_a_training_ends_when_all_its_parts_are_frozen(bench: Bench) -> None:
+    spec = complete_spec(unet_steps=2, text_encoder_steps=3, max_train_steps=50)
+    assert bench.train(spec).outcome.step == 3
+
+
+def test_the_curve_of_a_part_ends_with_its_own_steps(bench: Bench) -> None:
+    linear = pb.LEARNING_RATE_SCHEDULE_LINEAR
+    spec = complete_spec(unet_steps=2, text_encoder_steps=4, max_train_steps=50, lr_scheduler=linear)
+    # The UNet's rate while it trains, then the text encoder's, which is half way down by then.
+    assert bench.train(spec).learning_rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4], abs=1e-12)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2, 3])
+def test_clip_skip_trains_and_conditions_on_an_inner_layer(skip: int, bench: Bench) -> None:
+    seen: list[torch.Tensor] = []
+
+    def note(unet: Any, sample: Any, t: Any, encoder_hidden_states: torch.Tensor, **k: Any) -> None:
+        seen.append(encoder_hidden_states.detach().clone())
+
+    spec = complete_spec(clip_skip=skip, max_train_steps=1, with_prior_preservation=False)
+    with spying(UNet2DConditionModel, "forward", note):
+        trained = bench.train(spec, name=str(skip))
+    encoder = load_components(bench.model_folder).text_encoder
+    tokens = load_components(bench.model_folder).tokenizer("a photo of sks dog", return_tensors="pt")
+    states = encoder(tokens.input_ids, output_hidden_states=True).hidden_states
+    norm = dict(encoder.named_modules())
+    (final_norm,) = [module for name, module in norm.items() if name.endswith("final_layer_norm")]
+    torch.testing.assert_close(seen[0], final_norm(states[-max(1, skip)]), atol=1e-5, rtol=0)
+    base, weights = base_weights(bench.model_folder), trained.weights()
+    layers = encoder.config.num_hidden_layers
+    for layer in range(layers):
+        names = [name for name in weights if f".layers.{layer}." in name]
+        unchanged = all(torch.equal(weights[name], base[name]) for name in names)
+        assert names
+        assert unchanged == (layer >= layers - max(0, skip - 1)), layer
+    assert trained.report()["clip_skip"] == skip
+
+
+def test_clip_skip_zero_and_one_are_the_same(bench: Bench) -> None:
+    none = bench.train(complete_spec(clip_skip=0), name="none")
+    assert same_bits(none.weights(), bench.train(complete_spec(clip_skip=1), name="one").weights())
+
+
+def test_a_clip_skip_beyond_the_layers_names_the_limit(bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match="clip_skip: must be between 1 and 5"):
+        bench.train(complete_spec(clip_skip=6))
+
+
+def test_caption_dropout_of_one_makes_the_weights_independent_of_captions(bench: Bench) -> None:
+    spec = complete_spec(caption_dropout=1.0)
+    one, spy = watched(bench, spec, "one", instance_prompt="a red circle", class_prompt="a circle")
+    other, _ = watched(bench, spec, "other", instance_prompt="a very blue star", class_prompt="a star")
+    assert same_bits(one.weights(), other.weights())
+    assert {shape[1] for shape in spy.text} == {2}, "a start and an end token"
+    never, _ = watched(bench, complete_spec(), "never", instance_prompt="a red circle")
+    assert not same_bits(one.weights(), never.weights())
+
+
+def test_caption_dropout_drops_its_share_of_uses(bench: Bench) -> None:
+    (picture,) = make_concept(bench.folder / "data", instances=1, classes=0).instance_pictures
+    caption = prompt_or_nothing(0.1)
+    dropped = sum(caption(Use(picture, epoch, 0)) == "" for epoch in range(5000)) / 5000
+    assert dropped == pytest.approx(0.1, abs=0.013)
+    assert all(prompt_or_nothing(0.0)(Use(picture, epoch, 0)) for epoch in range(100))
+
+
+def test_min_snr_gamma_weights_each_sample_by_its_own_timestep(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def all_one(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (prediction - target).flatten(1).sum(1) * 0 + 1
+
+    monkeypatch.setattr(updates, "per_sample_mse", all_one)
+    spec = complete_spec(min_snr_gamma=0.5, prior_loss_weight=0.7, max_train_steps=2)
+    with spying(updates, "add_noise", lambda schedule, z0, e, t: drawn.append(t)):
+        trained = bench.train(spec)
+    for loss, t in zip(trained.losses, drawn, strict=True):
+        alpha = NOISE.alphas_cumprod[t].double()
+        weights = (alpha / (1 - alpha)).clamp(max=0.5) * (1 - alpha) / alpha
+        assert loss == pytest.approx(float(weights[0] + 0.7 * weights[1]), rel=1e-5)
+    assert any(loss < 1.6 for loss in trained.losses), "some sample had more signal than gamma"
+
+
+def test_offset_noise_moves_the_mean_of_whole_channels(bench: Bench) -> None:
+    means: dict[float, list[torch.Tensor]] = {0.0: [], 0.5: []}
+    targets: list[bool] = []
+    for amplitude, seen in means.items():
+
+        def note(schedule: Any, z0: torch.Tensor, e: torch.Tensor, t: Any, to: Any = seen) -> None:
+            to.append(e.mean(dim=(2, 3)))
+
+        with (
+            spying(updates, "add_noise", note),
+            spying(
+                updates,
+                "training_target",
+                lambda s, z0, e, t, to=seen: targets.append(torch.equal(e.mean(dim=(2, 3)), to[-1])),
+            ),
+        ):
+            spec = complete_spec(offset_noise=amplitude, max_train_steps=12, learning_rate=1e-6)
+            bench.train(spec, name=str(amplitude))
+    assert all(targets), "what is to be predicted includes it"
+    # 96 channels' means: variance 1/64 from the 8 x 8 pixels, and a squared on top of it.
+    plain, offset = (torch.cat(seen).var().item() for seen in means.values())
+    assert plain == pytest.approx(1 / 64, rel=0.5)
+    assert offset == pytest.approx(1 / 64 + 0.25, rel=0.5)
+
+
+def test_ema_decay_publishes_the_moving_average(bench: Bench) -> None:
+    stages: list[dict[str, torch.Tensor]] = []
+
+    def note(average: MovingAverage) -> None:
+        parameters = average._parameters
+        stages.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
+
+    with spying(MovingAverage, "follow", note):
+        averaged = bench.train(complete_spec(ema_decay=0.15), name="averaged")
+    plain = bench.train(complete_spec(), name="plain")
+    base = base_weights(bench.model_folder)
+    name = "unet.conv_in.weight"
+    expected = base[name].double()
+    for update, stage in enumerate(stages, start=1):
+        decay = min(0.15, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * stage[name].double()
+    torch.testing.assert_close(averaged.weights()[name].double(), expected, atol=1e-7, rtol=0)
+    assert torch.equal(stages[-1][name], plain.weights()[name]), "what trains is not the average"
+    assert not same_bits(averaged.weights(), plain.weights())
+    assert (averaged.report()["weights"], plain.report()["weights"]) == ("moving average", "last")
+
+
+def test_zero_terminal_snr_trains_to_no_signal_and_draws_from_there(bench: Bench) -> None:
+    ends: list[float] = []
+    folder = with_prediction_type(bench, "v_prediction")
+    with spying(updates, "add_noise", lambda s, *a: ends.append(float(s.alphas_cumprod[-1]))):
+        for flag in (False, True):
+            spec = complete_spec(zero_terminal_snr=flag, max_train_steps=1)
+            trained = bench.train(spec, name=str(flag), model_folder=folder)
+    assert ends[0] > 0
+    assert ends[1] == 0
+    assert Path("scheduler/scheduler_config.json") in trained.outcome.files
+    config = json.loads((trained.run.export_folder / "scheduler" / "scheduler_config.json").read_text())
+    assert (config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (True, "trailing")
+    assert config["prediction_type"] == "v_prediction"
+
+
+def test_zero_terminal_snr_of_a_model_that_predicts_noise_is_refused(bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match="zero_terminal_snr: needs a base model with v-prediction"):
+        bench.train(complete_spec(zero_terminal_snr=True))
+
+
+def test_balance_concepts_draws_all_concepts_equally_often(bench: Bench) -> None:
+    data = (
+        make_concept(bench.folder / "large", instances=5, classes=0),
+        make_concept(bench.folder / "small", instances=1, classes=0, index=1),
+    )
+    shares: dict[bool, Counter[int]] = {}
+    for balanced in (False, True):
+        seen: list[int] = []
+        with spying(BatchSource, "batch", lambda s, uses, *a, to=seen: to.append(uses[0].picture.concept)):
+            spec = complete_spec(balance_concepts=balanced, max_train_steps=12, with_prior_preservation=False)
+            bench.train(spec, data, str(balanced))
+        shares[balanced] = Counter(seen)
+    assert shares[False] == {0: 10, 1: 2}
+    assert shares[True] == {0: 6, 1: 6}

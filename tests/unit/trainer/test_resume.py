@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from likeness.training.v1 import training_job_pb2 as pb
+from safetensors.torch import load_file
 
 from services.trainer import checkpoint as checkpoints
+from services.trainer import updates
 from services.trainer.checkpoint import CheckpointMismatch
 from services.trainer.counters import Counters, Pace
 from services.trainer.data import Concept
 from services.trainer.losses import per_sample_mse
-from services.trainer.recipes import dreambooth
 from services.trainer.run import Ending, Request
 from tests.unit.trainer.harness import (
     Bench,
@@ -73,6 +74,32 @@ def demanding_spec(**changes: Any) -> pb.TrainingSpec:
     return complete_spec(**(values | changes))
 
 
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {"method": pb.TRAINING_METHOD_LORA, "lora": pb.LoraSettings(rank=2, alpha=3, dropout=0.3)},
+    "LoCon": {
+        "method": pb.TRAINING_METHOD_LOCON,
+        "lora": pb.LoraSettings(rank=2, alpha=3, dropout=0.3, conv_rank=1, conv_alpha=2),
+        "optimizer_precision": pb.OPTIMIZER_PRECISION_EIGHT_BIT,
+    },
+}
+
+
+def everything_spec(kind: str) -> pb.TrainingSpec:
+    """Every feature that draws random numbers or keeps a state, at once; the text encoder is frozen on the way."""
+    return demanding_spec(
+        **EVERYTHING[kind],
+        caption_dropout=0.3,
+        offset_noise=0.1,
+        min_snr_gamma=5.0,
+        ema_decay=0.9,
+        clip_skip=2,
+        text_encoder_steps=6,
+        balance_concepts=True,
+        clip_models_separately=True,
+    )
+
+
 def demanding_concept(folder: Path) -> Concept:
     """Ten updates take five epochs of this; updates 4 and 10 lie on an epoch's border, update 5 within one."""
     return make_concept(folder / "data", instances=3, classes=7, size=(40, 16))
@@ -82,7 +109,8 @@ def state_bits(run_folder: Path) -> Tensors:
     """Weights and moments of the newest checkpoint."""
     newest = checkpoints.read_newest(run_folder / "checkpoints")
     assert newest is not None
-    return {**newest.weights, **newest.optimizer}
+    average = {f"average {name}": tensor for name, tensor in newest.average.items()}
+    return {**newest.weights, **newest.optimizer, **average}
 
 
 def yielded(bench: Bench, spec: pb.TrainingSpec, at: int, **changes: Any) -> Trained:
@@ -106,6 +134,38 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(precision: int, at:
     assert whole.learning_rates == first.learning_rates + second.learning_rates
     assert whole.losses == first.losses + second.losses
     assert whole.outcome.final_loss == second.outcome.final_loss
+
+
+@pytest.mark.parametrize("kind", EVERYTHING)
+def test_with_every_random_feature_on_a_run_resumed_twice_equals_an_undisturbed_one(
+    kind: str, bench: Bench
+) -> None:
+    data = (
+        demanding_concept(bench.folder),
+        make_concept(bench.folder / "other", instances=2, classes=3, size=(16, 24), index=1),
+    )
+    spec = everything_spec(kind)
+    whole = bench.train(spec, data, "whole", Recorder(ask={9: Request.CHECKPOINT}))
+    first = bench.train(spec, data, recorder=Recorder(ask={5: Request.YIELD}))
+    second = bench.train(spec, data, recorder=Recorder(ask={2: Request.YIELD}))
+    last = bench.train(spec, data, recorder=Recorder(ask={2: Request.CHECKPOINT}))
+    assert [first.outcome.step, second.outcome.step, last.outcome.step] == [5, 7, 10]
+    assert same_bits(published(whole), published(last))
+    assert same_bits(state_bits(whole.run.workdir), state_bits(last.run.workdir))
+    assert whole.losses == first.losses + second.losses + last.losses
+    assert whole.learning_rates == first.learning_rates + second.learning_rates + last.learning_rates
+    assert whole.report()["history"]["step"] == last.report()["history"]["step"] == list(range(1, 11))
+    assert whole.report()["history"]["loss"] == last.report()["history"]["loss"]
+
+
+def published(trained: Trained) -> Tensors:
+    """Every tensor of every published file."""
+    folder = trained.run.export_folder
+    return {
+        f"{path.relative_to(folder)} {name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def test_resuming_a_resumed_run_equals_an_undisturbed_one(bench: Bench) -> None:
@@ -191,10 +251,12 @@ def other_model(bench: Bench) -> tuple[pb.TrainingSpec, tuple[Concept, ...], dic
         (spec_change(seed=8), "seed"),
         (spec_change(learning_rate=2e-3), "learningRate"),
         (spec_change(optimizer_precision=EIGHT), "execution"),
+        (spec_change(ema_decay=0.5), "emaDecay"),
+        (spec_change(**EVERYTHING["LoRA"]), "lora, method"),
         (other_data, "data"),
         (other_model, "model"),
     ],
-    ids=["seed", "learning rate", "optimizer", "data", "model"],
+    ids=["seed", "learning rate", "optimizer", "average", "method", "data", "model"],
 )
 def test_a_checkpoint_of_another_run_is_refused(change: Any, named: str, bench: Bench) -> None:
     yielded(bench, demanding_spec(), 2)
@@ -251,7 +313,7 @@ class Poison:
 def test_a_single_update_that_is_not_finite_is_left_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(2))
+    monkeypatch.setattr(updates, "per_sample_mse", Poison(2))
     poisoned = bench.train(complete_spec(max_train_steps=5), name="poisoned")
     monkeypatch.undo()
     # The same run whose third update computes everything and then does not touch the weights.
@@ -275,7 +337,7 @@ def test_three_updates_in_a_row_end_the_run_with_the_last_good_checkpoint(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = bench.train(complete_spec(max_train_steps=4), name="good")
-    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(6, 7, 8))
+    monkeypatch.setattr(updates, "per_sample_mse", Poison(6, 7, 8))
     recorder = Recorder(ask={4: Request.CHECKPOINT})
     diverged = bench.train(complete_spec(max_train_steps=50), name="diverged", recorder=recorder)
     assert diverged.outcome.ending is Ending.DIVERGED
@@ -288,7 +350,7 @@ def test_three_updates_in_a_row_end_the_run_with_the_last_good_checkpoint(
 def test_a_run_that_is_never_finite_delivers_the_base_weights(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(*range(100)))
+    monkeypatch.setattr(updates, "per_sample_mse", Poison(*range(100)))
     diverged = bench.train(complete_spec(max_train_steps=50))
     assert diverged.outcome.ending is Ending.DIVERGED
     assert len(diverged.losses) == 2
@@ -296,7 +358,7 @@ def test_a_run_that_is_never_finite_delivers_the_base_weights(
 
 
 def test_one_percent_of_the_last_200_is_divergence_too() -> None:
-    counters = Counters(decay_steps=1)
+    counters = Counters(planned=1)
     for update in range(600):
         counters.note(1.0, finite=update not in (150, 350, 549), samples=1)
         assert counters.diverged == (update == 549), "150 and 350 are one too far apart, 350 and 549 are not"
@@ -325,7 +387,7 @@ def test_float16_overflows_repeat_the_update_with_a_smaller_scale(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison = Poison(1)
-    monkeypatch.setattr(dreambooth, "per_sample_mse", poison)
+    monkeypatch.setattr(updates, "per_sample_mse", poison)
     recorder = Recorder(ask={3: Request.CHECKPOINT})
     spec = complete_spec(mixed_precision=pb.MIXED_PRECISION_FP16, max_train_steps=4)
     trained = bench.train(spec, recorder=recorder)
@@ -341,7 +403,7 @@ def test_float16_overflows_repeat_the_update_with_a_smaller_scale(
 
 
 def test_float16_that_never_fits_diverges(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dreambooth, "per_sample_mse", Poison(*range(100)))
+    monkeypatch.setattr(updates, "per_sample_mse", Poison(*range(100)))
     spec = complete_spec(mixed_precision=pb.MIXED_PRECISION_FP16, max_train_steps=4)
     assert bench.train(spec).outcome.ending is Ending.DIVERGED
 
