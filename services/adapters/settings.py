@@ -73,6 +73,12 @@ def _checked_artifacts(text: str) -> str:
     return text
 
 
+def _checked_colour(value: str) -> str:
+    if re.fullmatch("#[0-9a-fA-F]{6}", value) is None:
+        raise ValueError("must be a colour like #ffffff")
+    return value
+
+
 def _checked_url(text: str) -> str:
     if text and not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", text):
         raise ValueError("must be an http or https URL without query")
@@ -91,6 +97,7 @@ Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeVali
 ArtifactsPlace = Annotated[str, AfterValidator(_checked_artifacts)]
 Replicas = Annotated[Literal[1, 3], BeforeValidator(_number)]
 Url = Annotated[str, AfterValidator(_checked_url)]
+Colour = Annotated[str, AfterValidator(_checked_colour)]
 
 
 def setting(default: Any, meaning: str, *, unit: str = "", **limits: Any) -> Any:
@@ -329,6 +336,25 @@ class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelS
     )
     bootstrap_key_file: Path | None = setting(
         None, "File that holds the key of a development project; made, mode 0600, where it is missing."
+    )
+    max_archive_bytes: int = setting(
+        2 << 30, "Largest archive of pictures that is fetched.", unit="bytes", gt=0
+    )
+    max_archive_files: int = setting(20_000, "Most files that an archive may hold.", gt=0)
+    max_archive_ratio: float = setting(
+        200.0, "How many times its size an archive of more than 64 MiB may unpack to.", ge=1
+    )
+    max_unpacked_bytes: int = setting(
+        8 << 30, "Most that the files of an archive may unpack to.", unit="bytes", gt=0
+    )
+    max_image_pixels: int = setting(
+        100_000_000,
+        "Pictures with more pixels are skipped; the decoder's memory, 3 GiB, is meant for the default.",
+        unit="pixels",
+        gt=0,
+    )
+    alpha_background: Colour = setting(
+        "#ffffff", "Colour that shows through the transparent parts of pictures, as #rrggbb."
     )
 
     @property

@@ -37,7 +37,7 @@ from services.storage.captions import Description
 from services.storage.data_report import CAPTION_SOURCES, MAX_LISTED_FILES, duplicates, report_of, warnings_of
 from services.storage.decode_child import DecodeTask
 from services.storage.decoding import Decoded, DecodedImage, DecodeLimits, decode
-from services.storage.images import RefusalKind
+from services.storage.images import MAX_PIXELS, WHITE, Colour, RefusalKind
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ class ImportLimits:
         fetch_timeout_s: for one archive or picture, redirects and retries included.
         parallel_fetches: single pictures fetched at a time.
         parallel_imports: imports decoding at a time; others wait.
+        max_pixels: pictures with more are skipped.
+        background: what shows through transparent parts of pictures, 8-bit sRGB.
     """
 
     max_archive_bytes: int = 2 << 30
@@ -64,6 +66,8 @@ class ImportLimits:
     fetch_timeout_s: float = 1800.0
     parallel_fetches: int = 4
     parallel_imports: int = 2
+    max_pixels: int = MAX_PIXELS
+    background: Colour = WHITE
     archive: ArchiveLimits = field(default_factory=ArchiveLimits)
     decode: DecodeLimits = field(default_factory=DecodeLimits)
 
@@ -175,7 +179,7 @@ class DatasetImporter:
         async with self._turn, self._folder() as folder:
             task = await self._gathered(project, source, folder)
             task.read_captions = read_captions
-            decoded = await decode(task.frozen(folder, self._limits.archive), self._limits.decode)
+            decoded = await decode(task.frozen(folder, self._limits), self._limits.decode)
             _check_usable(decoded, "the archive holds" if task.archive else "the list holds")
             return await self._stored(project, decoded)
 
@@ -299,14 +303,16 @@ class _Gathered:
     files: Sequence[tuple[str, Path]] = ()
     read_captions: bool = False
 
-    def frozen(self, folder: Path, limits: ArchiveLimits) -> DecodeTask:
+    def frozen(self, folder: Path, limits: ImportLimits) -> DecodeTask:
         """The decoder's task; its PNGs go into the same folder."""
         return DecodeTask(
             folder=str(folder),
             archive=str(self.archive or ""),
             files=tuple((name, str(path)) for name, path in self.files),
             read_captions=self.read_captions,
-            archive_limits=limits,
+            max_pixels=limits.max_pixels,
+            background=limits.background,
+            archive_limits=limits.archive,
         )
 
 

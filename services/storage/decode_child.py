@@ -28,6 +28,8 @@ from services.storage.captions import Description
 from services.storage.images import (
     MAX_PIXELS,
     MIN_SIDE_PX,
+    WHITE,
+    Colour,
     ImageRefused,
     Picture,
     RefusalKind,
@@ -52,6 +54,9 @@ class DecodeTask:
         start: index of the first item to decode; the ones before it were done by an earlier process.
         read_captions: also report what the files beside each picture say of it.
         image_cpu_s: computing time for one picture.
+        max_pixels: pictures with more are skipped.
+        min_side_px: pictures with a shorter side are skipped.
+        background: what shows through transparent parts, 8-bit sRGB.
     """
 
     folder: str
@@ -62,6 +67,7 @@ class DecodeTask:
     image_cpu_s: int = 60
     max_pixels: int = MAX_PIXELS
     min_side_px: int = MIN_SIDE_PX
+    background: Colour = WHITE
     archive_limits: ArchiveLimits = field(default_factory=ArchiveLimits)
     sandbox_limits: SandboxLimits = field(default_factory=SandboxLimits)
 
@@ -76,6 +82,7 @@ class DecodeTask:
             **message
             | {
                 "files": tuple((name, path) for name, path in message["files"]),
+                "background": tuple(message["background"]),
                 "archive_limits": ArchiveLimits(**message["archive_limits"]),
                 "sandbox_limits": SandboxLimits(**message["sandbox_limits"]),
             }
@@ -182,7 +189,12 @@ def _decode_one(task: DecodeTask, source: Source, index: int) -> dict[str, Any]:
     name = source.ids[index]
     common = {"index": index, "id": name}
     try:
-        picture = decode_image(source.read(index), max_pixels=task.max_pixels, min_side_px=task.min_side_px)
+        picture = decode_image(
+            source.read(index),
+            max_pixels=task.max_pixels,
+            min_side_px=task.min_side_px,
+            background=task.background,
+        )
         description, faults = source.describe(index) if task.read_captions else (None, [])
         stored = _store(picture, Path(task.folder) / f"{index:06d}.png")
     except ImageRefused as error:

@@ -13,10 +13,11 @@ from services.adapters.folder_artifacts import FolderArtifactStore
 from services.adapters.grpc_server import GrpcServer
 from services.adapters.settings import StorageSettings
 from services.storage.access import Access, AccessServicer
+from services.storage.archives import ArchiveLimits
 from services.storage.blobs import Blobs
 from services.storage.bootstrap import bootstrap
 from services.storage.catalogue import DEFAULT_CATALOGUE, Catalogue, CataloguePlaces, read_catalogue
-from services.storage.datasets import DatasetImporter
+from services.storage.datasets import DatasetImporter, ImportLimits
 from services.storage.documents import Documents, References
 from services.storage.links import FileLinks, signing_key
 from services.storage.registry import ModelRegistry
@@ -76,9 +77,25 @@ async def _made(
     entries = read_catalogue(settings.models) if settings.models else DEFAULT_CATALOGUE
     places = CataloguePlaces(store.staging)
     catalogue = Catalogue(entries, registry, blobs, documents, places)
-    datasets = DatasetImporter(store, Egress(EgressPolicy(allow=settings.egress_allow)), store.staging)
+    egress = Egress(EgressPolicy(allow=settings.egress_allow))
+    datasets = DatasetImporter(store, egress, store.staging, import_limits(settings))
     links = FileLinks(await signing_key(documents), _now_ms)
     return StorageServicer(blobs, References(store), datasets, registry, catalogue, links), catalogue
+
+
+def import_limits(settings: StorageSettings) -> ImportLimits:
+    """What one import of pictures may cost, as the operator has set it."""
+    red, green, blue = bytes.fromhex(settings.alpha_background.removeprefix("#"))
+    return ImportLimits(
+        max_archive_bytes=settings.max_archive_bytes,
+        max_pixels=settings.max_image_pixels,
+        background=(red, green, blue),
+        archive=ArchiveLimits(
+            max_files=settings.max_archive_files,
+            max_unpacked_bytes=settings.max_unpacked_bytes,
+            max_ratio=settings.max_archive_ratio,
+        ),
+    )
 
 
 def _now_ms() -> int:

@@ -21,6 +21,7 @@ from services.adapters.egress import Egress, EgressPolicy
 from services.adapters.memory_artifacts import InMemoryArtifactStore
 from services.domain.artifacts import blob_key
 from services.domain.errors import BadInput, EgressRefused, LikenessError, NotFound
+from services.storage.archives import ArchiveLimits
 from services.storage.datasets import DatasetImporter, ImportLimits
 
 PROJECT = "studio"
@@ -389,3 +390,41 @@ async def test_single_pictures_have_settings_of_their_own_and_no_caption(
     (image,) = dataset.images
     assert image.HasField("caption_parts")
     assert image.caption_parts == ImageCaption()
+
+
+@pytest.mark.parametrize(
+    ("limits", "sentence"),
+    [
+        (ImportLimits(archive=ArchiveLimits(max_files=1)), "the archive holds more than 1 files"),
+        (
+            ImportLimits(archive=ArchiveLimits(max_unpacked_bytes=99)),
+            "the archive unpacks to more than 99 bytes",
+        ),
+        (
+            ImportLimits(max_pixels=5000),
+            "the archive holds no readable image (1.png: 80x72 pixels are more than 0.005 megapixels)",
+        ),
+    ],
+    ids=["files", "unpacked", "pixels"],
+)
+async def test_the_operator_s_limits_reach_the_decoder(
+    limits: ImportLimits, sentence: str, store: InMemoryArtifactStore, site: Web, tmp_path: Path
+) -> None:
+    egress = Egress(EgressPolicy(allow=(ip_network("127.0.0.1"),)))
+    importer = DatasetImporter(store, egress, tmp_path / "work", limits)
+    source = archive_at(site.put("a.zip", zipped({"1.png": picture(), "2.png": picture("blue")})))
+    assert await failure(BadInput, importer, source, tmp_path) == f"{FIELD}: {sentence}"
+
+
+async def test_the_operator_s_background_reaches_the_decoder(
+    store: InMemoryArtifactStore, site: Web, tmp_path: Path
+) -> None:
+    egress = Egress(EgressPolicy(allow=(ip_network("127.0.0.1"),)))
+    importer = DatasetImporter(store, egress, tmp_path / "work", ImportLimits(background=(1, 2, 3)))
+    buffer = io.BytesIO()
+    Image.new("RGBA", (80, 72)).save(buffer, "PNG")
+    dataset = await importer.import_source(
+        PROJECT, archive_at(site.put("a.zip", zipped({"a.png": buffer.getvalue()})))
+    )
+    with Image.open(io.BytesIO(store.objects[dataset.images[0].key][0])) as stored:
+        assert stored.getpixel((9, 9)) == (1, 2, 3)

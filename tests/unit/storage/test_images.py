@@ -131,6 +131,15 @@ def test_transparent_pixels_become_white_and_hide_their_colour() -> None:
     assert picture.warnings == ("transparent parts became white",)
 
 
+def test_another_background_shows_through_transparent_pixels() -> None:
+    source = quarters().convert("RGBA")
+    source.paste((0, 0, 0, 0), (0, 0, 48, 40))
+    picture = decode_image(saved(source, "PNG"), background=(16, 32, 255))
+    assert picture.image.getpixel((5, 5)) == (16, 32, 255)
+    assert picture.image.getpixel((60, 5)) == GREEN
+    assert picture.warnings == ("transparent parts became #1020ff",)
+
+
 def test_opaque_alpha_changes_nothing_and_is_not_mentioned() -> None:
     picture = decode_image(saved(quarters().convert("RGBA"), "PNG"))
     assert picture.warnings == ()
