@@ -1,8 +1,10 @@
 """The trainer worker between a real storage server and a scripted api, with a real child and with a fake one."""
 
 import asyncio
+import io
 import os
 import signal
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,35 @@ async def test_a_diverged_training_fails_and_its_last_good_weights_are_kept_with
     assert (failed.error.reason, failed.retryable) == ("DIVERGED", False)
     model = await platform.storage.get_model(PROJECT, "job-1")
     assert model.manifest.note == "training diverged; these are its weights after 12 updates"
+
+
+async def test_what_files_say_of_pictures_reaches_the_child_of_a_captioned_training(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path, tmp_path: Path
+) -> None:
+    await platform.add_base_model(small_base)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for number in range(2):
+            archive.writestr(f"{number}.png", _picture(number))
+            archive.writestr(f"{number}.yaml", f"main_prompt: robot {number}")
+    blob = await platform.storage.upload_file(PROJECT, tmp_path / "data.zip", "application/zip")
+    source = training.ImageSource(artifacts=training.ArtifactKeys(keys=[blob.key]))
+    dataset = await platform.storage.import_dataset(PROJECT, source, read_captions=True)
+    spec = spec_of()
+    spec.recipe = training.RECIPE_EVERYDREAM
+    async with platform.worker("tells its data", module=FAKE):
+        assignment = await platform.assignment(spec, pictures)
+        assignment.prepared.datasets[0].instance_key = dataset.key
+        assignment.prepared.datasets[0].class_key = ""
+        platform.api.waiting.append(assignment)
+        await platform.api.until(lambda: platform.api.kinds()[-1:] in (["trained"], ["failed"]))
+    told = platform.api.last.trained.result.warnings
+    assert list(told) == ["a picture was skipped", "robot 0 True", "robot 1 True"]
+
+
+def _picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (80, 64), (90 * number, 40, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 async def test_a_training_that_diverged_at_once_registers_nothing(

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from google.protobuf.json_format import MessageToDict
+from likeness.storage.v1.artifact_pb2 import Dataset, DatasetImage, DatasetReport, ImageCaption
 from likeness.training.v1 import training_job_pb2 as pb
 
+from services.adapters.manifests import to_json
 from services.domain.errors import BadInput
 from services.domain.training_spec import resolve_training_spec
 from services.trainer import child
+from services.trainer.buckets import Size
 from services.trainer.checkpoint import CheckpointMismatch
 from services.trainer.delivery import concept_entries
 from services.trainer.run import Ending, Progress, Request, Stage
@@ -81,6 +84,43 @@ def test_a_train_command_becomes_a_run_with_captions_and_seeds(tmp_path: Path) -
         "0/instance/a.png",
         "0/instance/b.png",
         "0/class/c.png",
+    ]
+
+
+def test_a_captioned_training_gets_what_storage_says_of_its_pictures(tmp_path: Path) -> None:
+    spec = complete_spec(seed=9)
+    spec.concepts.append(a_concept())
+    images = [
+        DatasetImage(
+            id="x/a.png",
+            width_px=80,
+            height_px=60,
+            caption_parts=ImageCaption(text="a", source="CAPTION_SOURCE_TEXT"),
+        ),
+        DatasetImage(id="x/b.png", width_px=60, height_px=80, caption_parts=ImageCaption()),
+    ]
+    file = tmp_path / "dataset.json"
+    file.write_bytes(to_json(Dataset(images=images, report=DatasetReport(read=2))))
+    stored = [{"id": image.id, "path": f"/x/{image.id}", "caption": ""} for image in images]
+    command = {
+        "spec": MessageToDict(spec, preserving_proto_field_name=True),
+        "model_folder": "/models/base",
+        "model_digest": "abc",
+        "concepts": concept_entries(spec, [(stored, [])]),
+        "workdir": str(tmp_path),
+        "checkpoint_interval_s": 5,
+    }
+    assert child.run_of(command, torch.device("cpu")).captioned is None
+    found = child.run_of(command | {"dataset": str(file)}, torch.device("cpu")).captioned
+    assert found is not None
+    assert found.report == DatasetReport(read=2)
+    assert [(picture.prompt, picture.size, picture.seed) for picture in found.pictures] == [
+        ("a", Size(80, 60), 9),
+        ("a sks dog", Size(60, 80), 9),
+    ]
+    (concept,) = child.run_of(command, torch.device("cpu")).concepts
+    assert [(picture.sample_id, picture.path) for picture in found.pictures] == [
+        (picture.sample_id, picture.path) for picture in concept.instance_pictures
     ]
 
 
