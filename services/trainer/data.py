@@ -12,13 +12,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from services.trainer.randomness import Coordinate, Purpose, normal, permutation, uniform_integer
+from services.trainer.randomness import Coordinate, Purpose, normal, permutation, uniform, uniform_integer
 
 logger = logging.getLogger(__name__)
 
@@ -210,12 +210,27 @@ def to_values(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture.astype(np.float32) / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
-class PictureReader:
-    """Reads pictures as squares of `resolution` px; keeps what it resized, up to a memory limit."""
+class Square(NamedTuple):
+    """What one use sees of a resized picture: left and top in its pixels, and whether it is mirrored left-right."""
 
-    def __init__(self, *, resolution: int, center_crop: bool) -> None:
+    left: int
+    top: int
+    mirrored: bool = False
+
+
+class PictureReader:
+    """Reads pictures as squares of `resolution` px; keeps what it resized, up to a memory limit.
+
+    Args:
+        resolution: side of the square.
+        center_crop: take the middle instead of a place drawn for each use.
+        flip_probability: of mirroring, drawn for each use, 0..1.
+    """
+
+    def __init__(self, *, resolution: int, center_crop: bool, flip_probability: float = 0.0) -> None:
         self.resolution = resolution
         self._center_crop = center_crop
+        self._flip_probability = flip_probability
         self._sizes: dict[str, tuple[int, int]] = {}
         self._resized: dict[str, np.ndarray] = {}
         self._held_bytes = 0
@@ -230,14 +245,21 @@ class PictureReader:
             return centre_offset(size, self.resolution)
         return random_offset(size, self.resolution, use)
 
-    def geometry(self, use: Use) -> tuple[int, int]:
-        """Returns all that its pixels depend on besides the picture: the offset."""
-        return self.offset(use)
+    def geometry(self, use: Use) -> Square:
+        """Returns all that its pixels depend on besides the picture."""
+        left, top = self.offset(use)
+        flip = self._flip_probability
+        return Square(
+            left,
+            top,
+            mirrored=bool(flip) and uniform(use.picture.seed, Purpose.FLIP, *use.coordinates) < flip,
+        )
 
-    def values(self, picture: Picture, offset: tuple[int, int]) -> torch.Tensor:
-        """Returns the square at an offset: float32 [3, resolution, resolution] in -1..1."""
-        left, top = offset
-        return to_values(self._load(picture)[top : top + self.resolution, left : left + self.resolution])
+    def values(self, picture: Picture, geometry: Square) -> torch.Tensor:
+        """Returns one square: float32 [3, resolution, resolution] in -1..1."""
+        left, top, mirrored = geometry
+        pixels = self._load(picture)[top : top + self.resolution, left : left + self.resolution]
+        return to_values(np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels)
 
     def _load(self, picture: Picture) -> np.ndarray:
         held = self._resized.get(picture.sample_id)

@@ -19,6 +19,7 @@ HONOURED = frozenset(
         "seed",
         "resolution",
         "center_crop",
+        "flip_probability",
         "num_train_epochs",
         "max_train_steps",
         "train_batch_size",

@@ -57,7 +57,9 @@ def train(run: Run, observer: Observer) -> Outcome:
         balanced=spec.balance_concepts,
     )
     total = total_updates(spec, plan.updates_per_epoch, parts_of(spec))
-    reader = PictureReader(resolution=spec.resolution, center_crop=spec.center_crop)
+    reader = PictureReader(
+        resolution=spec.resolution, center_crop=spec.center_crop, flip_probability=spec.flip_probability
+    )
     encode_picture = posterior_encoder(parts.vae, device, execution.vae_dtype)
     latents = LatentSource(reader, encode_picture, scaling_factor=parts.scaling_factor, seed=spec.seed)
     conditioner = TextConditioner(

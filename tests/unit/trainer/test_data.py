@@ -173,7 +173,7 @@ def wide_picture(tmp_path: Path) -> Picture:
 
 
 def cropped(reader: PictureReader, use: Use) -> torch.Tensor:
-    return reader.values(use.picture, reader.offset(use))
+    return reader.values(use.picture, reader.geometry(use))
 
 
 def left_offset(values: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ from services.diffusion.loading import load_components
 from services.domain.errors import BadInput, InvalidSpec
 from services.trainer import optim, randomness, updates
 from services.trainer.batches import BatchSource, prompt_or_nothing
-from services.trainer.data import Use
+from services.trainer.data import PictureReader, Use
 from services.trainer.losses import NoiseSchedule, noise_schedule_of
 from services.trainer.moving_average import MovingAverage
 from services.trainer.randomness import Purpose
@@ -48,6 +48,7 @@ PROOFS = {
     "seed": "test_seed_decides_all_weights",
     "resolution": "test_resolution_sets_the_size_the_unet_sees",
     "center_crop": "test_center_crop_changes_wide_pictures_and_not_square_ones",
+    "flip_probability": "test_flip_probability_mirrors_its_share_of_uses_before_they_are_encoded",
     "num_train_epochs": "test_num_train_epochs_counts_passes_over_the_longer_list",
     "max_train_steps": "test_max_train_steps_counts_updates_and_wins_over_epochs",
     "train_batch_size": "test_train_batch_size_is_the_instance_half_of_what_the_unet_sees",
@@ -99,7 +100,6 @@ def test_every_field_of_the_specification_is_proved_refused_or_of_others() -> No
 
 REFUSED_VALUES: dict[str, Any] = {
     "aspect_ratio_bucketing": True,
-    "flip_probability": 0.5,
     "shuffle_tags": True,
     "tag_dropout": 0.1,
     "rated_dataset": True,
@@ -191,6 +191,31 @@ def test_center_crop_changes_wide_pictures_and_not_square_ones(bench: Bench) -> 
 
     assert not same_bits(weights(True, (40, 16)), weights(False, (40, 16)))
     assert same_bits(weights(True, (16, 16)), weights(False, (16, 16)))
+
+
+@pytest.mark.parametrize(("probability", "at_least", "at_most"), [(0.0, 0, 0), (1.0, 24, 24), (0.5, 6, 18)])
+def test_flip_probability_mirrors_its_share_of_uses_before_they_are_encoded(
+    probability: float, at_least: int, at_most: int, bench: Bench
+) -> None:
+    encoded: list[torch.Tensor] = []
+    used: list[bool] = []
+
+    def note_square(reader: PictureReader, use: Use) -> None:
+        used.append(original(reader, use).mirrored)
+
+    original = PictureReader.geometry
+    with (
+        spying(AutoencoderKL, "encode", lambda vae, values: encoded.append(values)),
+        spying(PictureReader, "geometry", note_square),
+    ):
+        spec = complete_spec(flip_probability=probability, max_train_steps=24, with_prior_preservation=False)
+        trained, _ = watched(bench, spec, instances=2)
+    assert trained.outcome.step == len(used) == 24
+    assert at_least <= sum(used) <= at_most
+    # Red grows with the column, and falls in a mirrored picture: each picture is encoded once in each form it has.
+    forms = [bool(values[0, 0, 0, 0] > values[0, 0, 0, -1]) for values in encoded]
+    expected = {0.0: [False] * 2, 1.0: [True] * 2, 0.5: [False, False, True, True]}
+    assert sorted(forms) == expected[probability]
 
 
 def test_num_train_epochs_counts_passes_over_the_longer_list(bench: Bench) -> None:

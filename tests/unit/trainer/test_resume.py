@@ -90,6 +90,7 @@ def everything_spec(kind: str) -> pb.TrainingSpec:
     return demanding_spec(
         **EVERYTHING[kind],
         caption_dropout=0.3,
+        flip_probability=0.5,
         offset_noise=0.1,
         min_snr_gamma=5.0,
         ema_decay=0.9,
