@@ -9,6 +9,7 @@ meaning, aliases are refused (with them a small file unfolds to a huge one), nes
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -34,6 +35,8 @@ _TEXT_SUFFIXES: Final = (".caption", ".txt")
 _IGNORED_SUFFIXES: Final = (".json",)
 _LOCAL: Final = ("local.yaml", "local.yml")
 _GLOBAL: Final = ("global.yaml", "global.yml")
+_NOT_TEXT: Final = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and halves of characters that no encoding can write."""
 _YES: Final = frozenset({"true", "yes", "on", "1", ""})  # an empty shuffle_tags.txt is a wish by its presence
 _NO: Final = frozenset({"false", "no", "off", "0"})
 
@@ -132,7 +135,7 @@ def read_yaml(data: bytes, source: Source) -> tuple[Description, list[str]]:
         try:
             found |= _understood(key, value, warnings)
         except DescriptionFault as fault:
-            warnings.append(f"'{key[:40]}' {fault} and was ignored")
+            warnings.append(f"'{_one_line(key)[:40]}' {fault} and was ignored")
     description = Description(**found)
     if not description.has_words:
         return description, warnings
@@ -276,7 +279,10 @@ def _composed(text: str) -> Any:
             return _plain(loader.get_single_node())
         finally:
             loader.dispose()
-    except yaml.YAMLError as error:
+    except DescriptionFault:
+        raise
+    except Exception as error:
+        # Beside its own errors the parser raises those of what it calls, for numbers of characters that do not exist.
         raise DescriptionFault("is not valid YAML") from error
 
 
@@ -315,10 +321,14 @@ def _understood(key: str, value: Any, warnings: list[str]) -> dict[str, Any]:
 
 
 def _words(text: str) -> tuple[str, list[str]]:
-    words = " ".join(text.split())
+    words = _one_line(text)
     if len(words) <= MAX_CAPTION_CHARS:
         return words, []
     return words[:MAX_CAPTION_CHARS], [f"is longer than {MAX_CAPTION_CHARS} characters and was cut"]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_NOT_TEXT.sub(" ", text).split())
 
 
 def _tags(value: Any, warnings: list[str]) -> tuple[Tag, ...]:
@@ -341,7 +351,7 @@ def _tag(item: Any) -> list[Tag]:
         if item.get("weight") is not None:
             weight = _number(0, MAX_WEIGHT, above=True)(_text(item["weight"]))
         item = item.get("tag")
-    text = " ".join(_text(item if item is not None else "").split())
+    text = _one_line(_text(item if item is not None else ""))
     if len(text) > MAX_TAG_CHARS:
         raise DescriptionFault(f"is longer than {MAX_TAG_CHARS} characters")
     return [Tag(text, weight)] if text else []
@@ -383,7 +393,7 @@ def _truth(text: str) -> bool:
 
 
 def _name(text: str) -> str:
-    name = " ".join(text.split())
+    name = _one_line(text)
     if not 1 <= len(name) <= MAX_BATCH_ID_CHARS:
         raise DescriptionFault(f"is not a name of 1 to {MAX_BATCH_ID_CHARS} characters")
     return name

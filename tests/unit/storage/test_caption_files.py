@@ -1,5 +1,7 @@
 """Texts beside pictures and in their folders: which count, and what damaged or hostile ones do."""
 
+import json
+import random
 import time
 
 import pytest
@@ -337,6 +339,8 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: \x07", "is not valid YAML"),
         ("%YAML 9.9\n---\na: b", "is not valid YAML"),
         ("!<" + "x" * 60_000, "is not valid YAML"),
+        ('caption: "\\U0011FFFF"', "is not valid YAML"),
+        ('caption: "\\UFFFFFFFF"', "is not valid YAML"),
         ("just text", "is not a mapping of keys to values"),
         ("!!python/object/apply:os.system ['touch /tmp/owned']", "is not a mapping of keys to values"),
     ],
@@ -352,6 +356,8 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         "bell",
         "version",
         "tag",
+        "beyond",
+        "far beyond",
         "text",
         "object",
     ],
@@ -393,3 +399,71 @@ def test_tags_beyond_the_limit_are_named_and_left_out() -> None:
     assert len(description.tags) == MAX_TAGS
     assert description.tags[0].text == "t3-0"
     assert warnings == [f"has more than {MAX_TAGS} tags; the rest was ignored"]
+
+
+def test_what_cannot_be_written_or_shown_becomes_a_space() -> None:
+    text = 'caption: "a\\uD800b\\0c\\e[31md"\ntags: ["x\\x07y"]\nbatch_id: "n\\u0085m"\n"k\\uDFFF": 1'
+    description, warnings = read_yaml(text.encode(), Source.YAML)
+    assert description == Description(
+        text="a b c [31md", tags=(Tag("x y"),), source=Source.YAML, batch_id="n m"
+    )
+    assert warnings == ["'k' is not a known key and was ignored"]
+    assert read_caption(b"a\x1b[31mb")[0].text == "a [31mb"
+
+
+def test_mutated_yaml_is_read_or_refused_but_never_fails_otherwise() -> None:
+    chance = random.Random(11)
+    pieces = [
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        ":",
+        "?",
+        "-",
+        "&",
+        "*",
+        "!",
+        "|",
+        ">",
+        "'",
+        '"',
+        "%",
+        "@",
+        "`",
+        "#",
+        "~",
+        "\n",
+        "\t",
+        "1",
+        "a",
+        "tags",
+        "caption",
+        "multiply",
+        "<<",
+    ]
+    pieces += [
+        "- ",
+        ": ",
+        "? ",
+        "&a ",
+        "*a ",
+        "!!int ",
+        "%YAML 1.1\n",
+        "---\n",
+        "|\n  ",
+        '"\\U0011FFFF"',
+        '"\\uD800"',
+        "!<%FF>",
+    ]
+    outcomes = set()
+    for _ in range(3000):
+        text = "".join(chance.choice(pieces) for _ in range(chance.randint(1, 25)))
+        try:
+            description, warnings = read_yaml(text.encode(), Source.YAML)
+            json.dumps([description.to_message(), warnings], ensure_ascii=False).encode()
+            outcomes.add("read")
+        except DescriptionFault:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
