@@ -9,8 +9,10 @@ What is not the whole table of the released model goes to out/evaluation, unless
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from models.pocket.figures import SUBJECTS
 from services.adapters.settings import BenchSettings, load_or_exit
 from tests.eval import personalisation, report, text
 from tests.eval.recipes import RECIPES, SEEDS, SUBJECT_NAMES, shortened
@@ -52,15 +54,15 @@ def parser() -> argparse.ArgumentParser:
     main_parser.set_defaults(anchors=True, subjects=SUBJECT_NAMES, seeds=SEEDS, rows=None)
     main_parser.set_defaults(updates=None, class_images=None)
     texts = commands.add_parser("text", help="does the base draw what held-out prompts ask for?")
-    texts.add_argument("--prompts", type=int, default=None, help="so many of the 300; default: all")
+    texts.add_argument("--prompts", type=_from(1), default=None, help="so many of the 300; default: all")
     texts.add_argument("--no-anchors", dest="anchors", action="store_false", help="judge the model alone")
     taught = commands.add_parser("personalisation", help="does the service teach subjects?")
-    taught.add_argument("--prompts", type=int, default=None, help=f"so many of the {PROMPTS}; default: all")
-    taught.add_argument("--subjects", type=_words, default=SUBJECT_NAMES, help="names, comma separated")
-    taught.add_argument("--seeds", type=int, default=SEEDS, help="pictures of each prompt, at least 2")
+    taught.add_argument("--prompts", type=_from(1), help=f"so many of the {PROMPTS}; default: all")
+    taught.add_argument("--subjects", type=_names, default=SUBJECT_NAMES, help="names, comma separated")
+    taught.add_argument("--seeds", type=_from(2), default=SEEDS, help="pictures of each prompt, at least 2")
     taught.add_argument("--rows", type=_rows, default=None, help="names of recipes, separated by ';'")
-    taught.add_argument("--updates", type=int, default=None, help="of every training, for a trial")
-    taught.add_argument("--class-images", type=int, default=None, help="of every prior, for a trial")
+    taught.add_argument("--updates", type=_from(1), help="of every training, for a trial")
+    taught.add_argument("--class-images", type=_from(1), help="of every prior, for a trial")
     taught.add_argument("--cache", type=Path, default=CACHE, help="folder of finished pictures")
     for command in (texts, taught):
         command.add_argument("--model", type=Path, default=RELEASED, help=f"default: {RELEASED}")
@@ -69,8 +71,23 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
-def _words(value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(","))
+def _from(low: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        if int(value) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}")
+        return int(value)
+
+    return read
+
+
+def _names(value: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in value.split(","))
+    unknown = sorted(set(names) - set(SUBJECTS))
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no such subject: {', '.join(unknown)}; there are {', '.join(SUBJECTS)}"
+        )
+    return names
 
 
 def _rows(value: str) -> tuple[str, ...]:

@@ -219,7 +219,18 @@ def test_only_whole_tables_of_the_released_model_replace_what_is_published() -> 
     assert command.out_folder(parse(["text", "--out", "here"]), whole=False) == Path("here")
 
 
-def test_an_unknown_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "fault"),
+    [
+        ("--rows", "full, prior; nothing", "no such recipe: nothing"),
+        ("--subjects", "robot,dog", "no such subject: dog"),
+        ("--seeds", "1", "must be at least 2"),
+        ("--prompts", "0", "must be at least 1"),
+    ],
+)
+def test_a_wrong_option_is_refused(
+    option: str, value: str, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        command.parser().parse_args(["personalisation", "--rows", "full, prior; nothing"])
-    assert "no such recipe: nothing" in capsys.readouterr().err
+        command.parser().parse_args(["personalisation", option, value])
+    assert fault in capsys.readouterr().err
