@@ -31,20 +31,17 @@ from services.diffusion.devices import (
     use_cpu_threads,
 )
 from services.diffusion.loading import quiet_libraries
-from services.domain.errors import InvalidSpec, OutOfDeviceMemory, public_text, row_of
+from services.domain.errors import InvalidSpec, public_text, row_of
 from services.trainer.captions import CaptionedData, captioned_pictures
 from services.trainer.checkpoint import CheckpointDamaged, CheckpointMismatch
 from services.trainer.data import Concept, Picture
+from services.trainer.needs import out_of_memory
 from services.trainer.recipes import dreambooth
 from services.trainer.run import Outcome, Progress, Request, Run, Stage
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_PAUSE_S = 0.25
-TOO_SMALL = (
-    "the device's memory is too small: ask for a smaller resolution or batch, or for gradient checkpointing"
-)
-
 Event = Mapping[str, Any]
 
 
@@ -135,14 +132,27 @@ def _captioned(file: Path, spec: pb.TrainingSpec, concept: Concept) -> Captioned
 
 
 def train(run: Run, observer: LinkObserver) -> Outcome:
-    """Trains; a checkpoint that this device or version cannot go on from costs its progress, not the job."""
+    """Trains; a checkpoint that this device or version cannot go on from costs its progress, not the job.
+
+    Raises:
+        OutOfDeviceMemory: the device is too small; it names a smaller plan.
+    """
     try:
-        return dreambooth.train(run, observer)
+        return _trained(run, observer)
     except (CheckpointMismatch, CheckpointDamaged) as error:
         logger.warning("training starts anew", extra={"detail": str(error)})
-        outcome = dreambooth.train(replace(run, resume_from=None, workdir=run.workdir / "anew"), observer)
+        outcome = _trained(replace(run, resume_from=None, workdir=run.workdir / "anew"), observer)
         remark = f"the training was interrupted and started anew: {error}"
         return replace(outcome, warnings=(*outcome.warnings, remark))
+
+
+def _trained(run: Run, observer: LinkObserver) -> Outcome:
+    try:
+        return dreambooth.train(run, observer)
+    except Exception as error:
+        if as_device_memory_error(error) is None:
+            raise
+        raise out_of_memory(run) from error
 
 
 def ended_event(outcome: Outcome) -> dict[str, Any]:
@@ -168,7 +178,7 @@ def failed_event(error: Exception) -> dict[str, Any]:
     too_small = as_device_memory_error(error)
     if isinstance(error, torch.AcceleratorError) and too_small is None:
         raise error
-    known = OutOfDeviceMemory(TOO_SMALL) if too_small else error
+    known = too_small or error
     row = row_of(known)
     logger.error("training failed", extra={"reason": row.reason}, exc_info=error)
     violations = known.violations if isinstance(known, InvalidSpec) else ()

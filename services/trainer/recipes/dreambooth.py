@@ -6,6 +6,7 @@ watched or slowed down changes nothing.
 """
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from likeness.training.v1 import training_job_pb2 as pb
 
@@ -18,6 +19,7 @@ from services.trainer.execution import resolve_execution
 from services.trainer.export import export
 from services.trainer.history import StageTimes
 from services.trainer.losses import noise_schedule_of
+from services.trainer.needs import estimate
 from services.trainer.report import configuration_of, prompt_remarks, setting_remarks, write_report
 from services.trainer.run import Ending, Observer, Outcome, Run, Stage
 from services.trainer.schedules import learning_rates, total_updates
@@ -106,6 +108,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         times=times,
     )
     loop.resume()
+    planned = estimate(run, execution, total - loop.counters.update)
     observer.stage(Stage.TRAINING, execution.summary)
     ending = loop.run(observer)
     if ending in (Ending.STOPPED, Ending.YIELDED):
@@ -139,6 +142,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         "weights": "moving average" if loop.average.enabled else "last",
         "clip_skip": spec.clip_skip,
         "proof_difference": exported.difference,
+        "estimate": asdict(planned) if planned else None,
         **loop.report(),
     }
     written = write_report(run.export_folder, report)

@@ -14,9 +14,9 @@ from likeness.storage.v1.artifact_pb2 import Dataset, DatasetImage, DatasetRepor
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.adapters.manifests import to_json
-from services.domain.errors import BadInput
+from services.domain.errors import BadInput, OutOfDeviceMemory
 from services.domain.training_spec import resolve_training_spec
-from services.trainer import child
+from services.trainer import child, updates
 from services.trainer.buckets import Size
 from services.trainer.checkpoint import CheckpointMismatch
 from services.trainer.delivery import concept_entries
@@ -193,10 +193,20 @@ def test_a_known_fault_keeps_its_words_and_an_unknown_one_does_not() -> None:
     )
 
 
-def test_too_little_memory_names_a_smaller_plan() -> None:
-    event = child.failed_event(torch.OutOfMemoryError("CUDA out of memory"))
+def test_too_little_memory_ends_a_training_with_words_about_its_plan(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(updates, "per_sample_mse", no_memory)
+    with pytest.raises(OutOfDeviceMemory) as caught:
+        child.train(bench.run(complete_spec()), Link().observer())
+    event = child.failed_event(caught.value)
     assert (event["reason"], event["retryable"]) == ("OUT_OF_DEVICE_MEMORY", False)
-    assert "gradient checkpointing" in event["message"]
+    assert event["message"].startswith(
+        "the device's memory is too small for this training, which needs about"
+    )
 
 
 def test_the_worker_s_parent_process_starts_without_torch() -> None:
