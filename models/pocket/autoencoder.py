@@ -1,31 +1,41 @@
 """The autoencoder: 512 px to 16 x 16 cells of 12 numbers, trained without norms, published as a plain AutoencoderKL.
 
 Group normalisation deletes what flat drawings are made of: a picture's mean colour. So the network is trained with
-every GroupNorm replaced by the identity, and published with two more channels at each level that make GroupNorm *be*
-(nearly) the identity: they hold `+B - s/2` and `-B - s/2`, where s is the sum of the real channels. All channels
-together then have mean 0 and a variance close to 2 B^2 / c, which a constant weight undoes. Every map into a norm is
-linear, so the two channels are rows of weights.
+every GroupNorm replaced by the identity, and published with three more channels at each level that make GroupNorm *be*
+(nearly) the identity: they hold -s, +B and -B, where s is the sum of the trained channels. All channels together then
+have mean 0 and, as B is large, a variance close to 2 B^2 / c, which a constant weight undoes. The sum is linear in
+what precedes a norm, so that -s is one row of weights, and the offsets are biases.
+
+-s and B lie in channels of their own on purpose. Two channels with +B - s/2 and -B - s/2 would do in exact arithmetic,
+but PyTorch's GroupNorm on a CPU adds up the pixels of a channels-last tensor one by one in float32, and there the
+small s drowns in B: at 512 px the result was wrong by 2 to 16 %. A constant power of two is added up exactly.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 LATENT_CHANNELS = 12
-CHANNELS = (8, 16, 32, 64, 128, 128)
-"""As published: two of each level's channels only steady the norm."""
-EXTRA = 2
-_OFFSET = 8.0
-"""B of the module's text, in units of the activations' root mean square times sqrt(channels). Larger is nearer to the
-identity until float32 summation error grows: 1000 ruins whole pictures."""
-_STREAM_STARTS = ("conv_in", "conv_shortcut", "conv1", "downsamplers.0.conv", "upsamplers.0.conv")
+CHANNELS = (6, 14, 30, 62, 126, 126)
+"""As trained, from the finest level to the coarsest."""
+STEADYING = 3
+"""Channels that publishing adds to each level."""
+_DOMINANCE = 64.0
+"""B is at least this many times sqrt(c) times the root mean square of what it steadies: a picture twice as strong as
+any in the calibration then moves the norm by less than a thousandth."""
+_LARGEST_OFFSET = 2.0**14
+"""Keeps B within half precision."""
+_STREAM_STARTS = ("conv_in", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+"""Convolutions whose output begins a residual stream; blocks only add to it until the next one."""
 
 
 def build(*, with_norms: bool) -> AutoencoderKL:
     """The network in its published shape, or in the shape that is trained: fewer channels, no norms."""
-    channels = CHANNELS if with_norms else tuple(channel - EXTRA for channel in CHANNELS)
+    channels = tuple(channel + STEADYING for channel in CHANNELS) if with_norms else CHANNELS
     model = AutoencoderKL(
         sample_size=512,
         block_out_channels=channels,
@@ -61,11 +71,9 @@ def _initialise(model: AutoencoderKL) -> None:
         assert module.bias is not None
         nn.init.zeros_(module.bias)
     with torch.no_grad():
-        quant = model.quant_conv
-        quant.bias[
-            LATENT_CHANNELS:
-        ] = -5.0  # the posterior starts narrow, so that the decoder has something to learn from
-        quant.weight[LATENT_CHANNELS:] *= 0.1
+        # The posterior starts narrow, so that the decoder has something to learn from.
+        model.quant_conv.bias[LATENT_CHANNELS:] = -5.0
+        model.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
 
 
 @torch.no_grad()
@@ -89,81 +97,109 @@ def scale_latents(model: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None
 def publish(trained: AutoencoderKL, pictures: Iterable[Tensor]) -> AutoencoderKL:
     """The trained network as a plain AutoencoderKL with working GroupNorms.
 
+    Every weight is exact in half precision, in which the model ships: the trained weights are rounded first, and what
+    steadies the norms is made from the rounded ones.
+
     Args:
         trained: without norms, float32.
-        pictures: some tens of batches' worth of [b, 3, h, w] in -1..1 on which the norms are set.
+        pictures: batches [b, 3, h, w] in -1..1 on which the norms are set; strong colours should be among them.
 
     Returns:
-        The model in evaluation mode. Its encoder and decoder differ from the trained ones by less than an 8-bit step
-        on pictures like those given; a test holds both.
+        The model in evaluation mode, float32. Its encoder and decoder differ from the trained ones by about what the
+        rounding costs; a test holds both.
     """
     batches = list(pictures)
-    spread = _activation_scales(trained, batches[:4])
+    offsets = _offsets(trained, batches)
     published = build(with_norms=True).eval()
     for name, module in published.named_modules():
         if isinstance(module, nn.Conv2d):
-            source = trained.get_submodule(name)
-            assert isinstance(source, nn.Conv2d)
-            _extend(module, source, name, spread.get(name, 1.0))
+            _extend(module, trained.get_submodule(name), offsets.get(name, 0.0))
     _calibrate(published, batches)
     return published
 
 
-def _activation_scales(model: AutoencoderKL, batches: list[Tensor]) -> dict[str, float]:
-    """Root mean square of what follows each convolution that starts a stream; the stream's norms see no more."""
-    scales: dict[str, float] = {}
-    handles = []
+def _offsets(trained: AutoencoderKL, batches: list[Tensor]) -> dict[str, float]:
+    """B for each convolution that begins what a norm sees: a power of two far above the activations."""
+    offsets = {}
+    for name, strength in _strengths(trained, batches).items():
+        width = trained.get_submodule(name).weight.shape[0] + STEADYING
+        least = max(1.0, _DOMINANCE * strength * width**0.5)
+        offsets[name] = min(_LARGEST_OFFSET, 2.0 ** math.ceil(math.log2(least)))
+    return offsets
 
-    def watch(name: str) -> None:
+
+def _strengths(trained: AutoencoderKL, batches: list[Tensor]) -> dict[str, float]:
+    """Name of a convolution -> largest root mean square, over the pictures, in the stream that it begins."""
+    strengths: dict[str, float] = {}
+    stream = ""
+
+    def note(name: str, output: Tensor) -> None:
+        strongest = float(output.square().mean(dim=(1, 2, 3)).max().sqrt())
+        strengths[name] = max(strengths.get(name, 0.0), strongest)
+
+    def begin(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            scales[name] = max(scales.get(name, 0.0), float(output.float().square().mean().sqrt()))
+            nonlocal stream
+            if not name.endswith("conv1"):  # which is seen by the norm behind it only
+                stream = name
+            note(name, output)
 
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
+        return hook
 
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    for name in names:
-        if name.endswith(_STREAM_STARTS):
-            watch(name)
-    for batch in batches:
-        model.decode(model.encode(batch).latent_dist.mean)
+    def add(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        note(stream, output)
+
+    handles = [
+        module.register_forward_hook(add if isinstance(module, ResnetBlock2D) else begin(name))
+        for name, module in trained.named_modules()
+        if isinstance(module, ResnetBlock2D) or name.endswith((*_STREAM_STARTS, "conv1"))
+    ]
+    _run(trained, batches)
     for handle in handles:
         handle.remove()
-    return scales
+    return strengths
 
 
-def _extend(target: nn.Conv2d, source: nn.Conv2d, name: str, scale: float) -> None:
-    """Copies a convolution into its wider place, with the two rows that steady the next norm."""
+def _extend(target: nn.Conv2d, source: nn.Conv2d, offset: float) -> None:
+    """Copies a convolution into its wider place, with the rows that steady the next norm."""
     rows, columns = source.weight.shape[:2]
     assert target.bias is not None
     assert source.bias is not None
     target.weight.zero_()
     target.bias.zero_()
-    target.weight[:rows, :columns] = source.weight
-    target.bias[:rows] = source.bias
-    if target.weight.shape[0] == rows:
-        return
-    offset = _OFFSET * scale * target.weight.shape[0] ** 0.5 if name.endswith(_STREAM_STARTS) else 0.0
-    for row, sign in ((rows, 1.0), (rows + 1, -1.0)):
-        target.weight[row, :columns] = -0.5 * source.weight.sum(0)
-        target.bias[row] = sign * offset - 0.5 * source.bias.sum()
+    target.weight[:rows, :columns] = _halved(source.weight)
+    target.bias[:rows] = _halved(source.bias)
+    if target.weight.shape[0] > rows:
+        target.weight[rows] = _halved(-target.weight[:rows].sum(0))
+        target.bias[rows] = _halved(-target.bias[:rows].sum())
+        target.bias[rows + 1], target.bias[rows + 2] = offset, -offset
 
 
 def _calibrate(model: AutoencoderKL, batches: list[Tensor]) -> None:
     """Sets each norm's weight to the deviation it divides by, measured; the steadying channels end there."""
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
-    for norm in norms.values():
-        norm.weight.fill_(1.0)
-        norm.bias.zero_()
-        norm.weight[-EXTRA:] = 0.0
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    variances: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
 
     def hook(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, nn.GroupNorm)
-        variance = inputs[0].double().flatten(1).var(1, unbiased=False).mean()
-        norm.weight[:-EXTRA] = float((variance + norm.eps).sqrt())
+        variances[norm].append(inputs[0].double().flatten(1).var(1, unbiased=False).mean())
+        norm.weight[:-STEADYING] = _halved((torch.stack(variances[norm]).mean() + norm.eps).sqrt())
 
-    # Front to back on one batch after the other: a norm is set before anything behind it runs.
-    handles = [norm.register_forward_pre_hook(hook) for norm in norms.values()]
-    for batch in batches:
-        model.decode(model.encode(batch).latent_dist.mean)
+    for norm in norms:
+        norm.weight.zero_()
+        norm.bias.zero_()
+    # A norm is set before anything behind it runs, from all batches so far.
+    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
+    _run(model, batches)
     for handle in handles:
         handle.remove()
+
+
+def _run(model: AutoencoderKL, batches: list[Tensor]) -> None:
+    for batch in batches:
+        model.decode(model.encode(batch).latent_dist.mean)
+
+
+def _halved(values: Tensor) -> Tensor:
+    """The nearest values that half precision holds, in the tensor's own type."""
+    return values.half().to(values.dtype)

@@ -33,8 +33,12 @@ class Latents:
     scenes: list[Scene]
 
 
-def write(vae: Path, out: Path, size_px: int, index: int) -> Path:
-    """Draws and encodes one file; the same size and index give the same scenes."""
+def write(vae: Path, out: Path, size_px: int, index: int, count: int = PER_FILE) -> Path:
+    """Draws and encodes one file of `count` scenes; the same size and index give the same scenes.
+
+    Raises:
+        FileNotFoundError: there is no `vae`, the `encoder.pt` of the autoencoder's training.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = load_state(vae, device)
     if state is None:
@@ -42,9 +46,9 @@ def write(vae: Path, out: Path, size_px: int, index: int) -> Path:
     model = autoencoder.build(with_norms=False).to(device, memory_format=torch.channels_last).eval()
     model.load_state_dict(state["model"])
     rng = random.Random(f"latents {size_px} {index}")
-    scenes = [random_scene(rng) for _ in range(PER_FILE)]
+    scenes = [random_scene(rng) for _ in range(count)]
     values = []
-    for start in range(0, PER_FILE, _BATCH):
+    for start in range(0, count, _BATCH):
         drawn = np.stack([np.asarray(draw(scene, size_px)) for scene in scenes[start : start + _BATCH]])
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             values.append(model.encode(to_tensor(drawn).to(device)).latent_dist.mean.half().cpu())

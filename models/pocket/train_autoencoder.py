@@ -1,16 +1,15 @@
-"""Trains the autoencoder on drawn scenes and textures.
+"""Trains the autoencoder on crops of drawn scenes and textures.
 
     torchrun --nproc-per-node 2 -m models.pocket.train_autoencoder --out runs/vae --steps 3000
     torchrun --nproc-per-node 2 -m models.pocket.train_autoencoder --out runs/vae --steps 3000 --decoder-steps 3000
 
-Crops grow in three phases. The first `--steps` train everything; then the latents are scaled, the encoder is frozen
-(`encoder.pt` appears: the base model's training can start) and `--decoder-steps` more sharpen the decoder. A run
-that was stopped goes on from its last checkpoint when started again.
+The first `--steps` train everything, on crops that grow (`--phases`); then the latents are scaled, the encoder is
+frozen (`encoder.pt` appears: the base model's training can start) and `--decoder-steps` more sharpen the decoder. A
+run that was stopped goes on from its last checkpoint when started again.
 """
 
 import argparse
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +31,12 @@ from models.pocket.training import (
     save_state,
 )
 
-PHASES = ((0.25, 64, 48), (0.65, 128, 16), (1.0, 256, 6))
-"""Share of the steps at which a phase ends, its crop's side in pixels, crops a step and process."""
-_DECODER_PHASE = (256, 6)
+Phase = tuple[float, int, int]
+"""Share of the steps at which a phase ends, its crops' side in pixels, crops a step and process."""
+_PHASES = "0.25:64:48,0.65:128:16,1:256:6"
+_DECODER_PHASES = "1:256:6"
 _TEXTURES = 0.12
 """Share of the pictures that are textures."""
-
-
-Phase = Callable[[float], tuple[int, int]]
-"""Progress in 0..1 -> side of the crops in pixels, crops a step."""
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -77,7 +73,7 @@ def _corner(rng: random.Random, scene: Scene | None, size: int, side: int) -> tu
 
 
 def whole_scenes(seed: int, count: int, side: int = 512) -> Tensor:
-    """[count, 3, side, side] in -1..1: scenes that no training seed draws."""
+    """[count, 3, side, side] in -1..1: scenes from a stream of their own, that no training draws from."""
     rng = random.Random(f"evaluation {seed}")
     return to_tensor(np.stack([np.asarray(draw(random_scene(rng), side)) for _ in range(count)]))
 
@@ -87,7 +83,7 @@ def reconstruction(model: AutoencoderKL, pictures: Tensor) -> tuple[float, float
     """Mean absolute error (range -1..1) and mean PSNR in dB of the posterior mean's round trip."""
     device = next(model.parameters()).device
     errors, ratios = [], []
-    for picture in pictures.to(device).split(4):
+    for picture in torch.split(pictures.to(device), 4):
         back = model.decode(model.encode(picture).latent_dist.mean).sample.clamp(-1, 1)
         errors.append((back - picture).abs().mean(dim=(1, 2, 3)))
         ratios.append(10 * torch.log10(4.0 / (back - picture).square().mean(dim=(1, 2, 3))))
@@ -96,6 +92,11 @@ def reconstruction(model: AutoencoderKL, pictures: Tensor) -> tuple[float, float
 
 def main() -> None:
     """Command line: see the module's text."""
+    train(arguments_of(), join_processes())
+
+
+def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+    """The settings of a run; `words` are those of the command line unless given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,10 +104,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--decoder-steps", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--phases", type=_phases, default=_PHASES, help="END:SIDE:CROPS, apart by commas")
+    parser.add_argument("--decoder-phases", type=_phases, default=_DECODER_PHASES, help="as --phases")
+    parser.add_argument("--held-out", type=int, default=16, help="scenes on which the error is measured")
+    parser.add_argument("--scale-on", type=int, default=96, help="scenes that set the latents' scale")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=200)
-    arguments = parser.parse_args()
-    train(arguments, join_processes())
+    return parser.parse_args(words)
+
+
+def _phases(text: str) -> list[Phase]:
+    parts = (part.split(":") for part in text.split(","))
+    return [(float(end), int(side), int(count)) for end, side, count in parts]
 
 
 def train(arguments: argparse.Namespace, processes: Processes) -> AutoencoderKL:
@@ -117,10 +126,10 @@ def train(arguments: argparse.Namespace, processes: Processes) -> AutoencoderKL:
     state_path, encoder_path = arguments.out / "state.pt", arguments.out / "encoder.pt"
     whole = _Run(model, list(model.parameters()), arguments, processes, log, state_path)
     if not encoder_path.exists():
-        whole.run(arguments.steps, lambda progress: next((s, n) for end, s, n in PHASES if progress < end))
+        whole.run(arguments.steps, arguments.phases)
         whole.average.swap()
         if processes.leads:
-            _scale(model, log)
+            _scale(model, log, arguments.scale_on)
             save_state(encoder_path, {"model": model.state_dict()})
     if processes.count > 1:
         torch.distributed.barrier()
@@ -133,18 +142,20 @@ def train(arguments: argparse.Namespace, processes: Processes) -> AutoencoderKL:
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
         finish = _Run(model, trained, arguments, processes, log, finish_path)
-        finish.run(arguments.decoder_steps, lambda _progress: _DECODER_PHASE)
+        finish.run(arguments.decoder_steps, arguments.decoder_phases)
         finish.average.swap()
     if processes.leads:
         save_state(arguments.out / "model.pt", {"model": model.state_dict()})
     return model
 
 
-def _scale(model: AutoencoderKL, log: Log) -> None:
-    pictures = whole_scenes(1, 96)
+def _scale(model: AutoencoderKL, log: Log, count: int) -> None:
+    pictures = whole_scenes(1, count)
     with torch.no_grad():
         device = next(model.parameters()).device
-        latents = torch.cat([model.encode(part.to(device)).latent_dist.mean for part in pictures.split(4)])
+        latents = torch.cat(
+            [model.encode(part.to(device)).latent_dist.mean for part in torch.split(pictures, 4)]
+        )
     deviation = latents.std(dim=(0, 2, 3))
     log.write(event="scaled", smallest=float(deviation.min()), largest=float(deviation.max()))
     autoencoder.scale_latents(model, latents.mean(dim=(0, 2, 3)), deviation)
@@ -181,13 +192,13 @@ class _Run:
             state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
             save_state(self._path, {**state, "average": self.average.state(), "step": self._step})
 
-    def run(self, steps: int, phase: Phase) -> None:
+    def run(self, steps: int, phases: list[Phase]) -> None:
         """Trains from the checkpoint, if there is one, to `steps`."""
         self._load()
-        held_out = whole_scenes(0, 16)
+        held_out = whole_scenes(0, self._arguments.held_out)
         losses: list[float] = []
         while self._step < steps:
-            side, count = phase(self._step / steps)
+            side, count = next((side, count) for end, side, count in phases if self._step / steps < end)
             losses.append(self._update(steps, side, count))
             self._step += 1
             if self._step % 50 == 0:
