@@ -60,7 +60,7 @@ check: lint typecheck imports protolint  ## lint, format, types, imports, protos
 test: check  ## check, then the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-demo: setup  ## train on the bundled example over HTTP, save the pictures to out/
+demo: setup  ## teach the base model a robot over HTTP; out/sheet.png shows it before and after
 	$(PY) examples/demo.py
 
 run: setup  ## serve the embedded platform until Ctrl-C
