@@ -331,7 +331,8 @@ def _sample_pass(root: Path, cells: int, fused: bool) -> _Pass:
     if not fused:
         unet.set_attn_processor(AttnProcessor())
     weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-    calls, attention = _Calls(), _FusedAttention() if fused else _Nothing()
+    calls = _Calls()  # type: ignore[no-untyped-call]
+    attention = _FusedAttention() if fused else _Nothing()
     sample = torch.empty(1, unet.config.in_channels, cells, cells, device="meta")
     text = torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")
     with _kept() as kept, FlopCounterMode(display=False) as flops, calls, attention:
@@ -354,7 +355,7 @@ def _kept() -> Iterator[dict[int, torch.UntypedStorage]]:
         yield storages
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts calls of the library."""
 
     number = 0
