@@ -55,8 +55,21 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     flat /= processes.count
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+@torch.no_grad()
+def average_parameters(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+    """Replaces every parameter by its mean over the processes."""
+    if processes.count == 1:
+        return
+    chosen = list(parameters)
+    flat = torch.cat([parameter.reshape(-1) for parameter in chosen])
+    dist.all_reduce(flat)
+    flat /= processes.count
+    for parameter, mean in zip(chosen, torch.split(flat, [p.numel() for p in chosen]), strict=True):
+        parameter.copy_(mean.view_as(parameter))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

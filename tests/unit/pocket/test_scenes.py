@@ -238,7 +238,8 @@ def check_phrase(said: dict[str, str | None], things: list[Thing]) -> None:
     if said["size"] == "small":
         assert thing.height <= HEIGHTS["small"][1]
     if said["size"] == "big":
-        assert thing.height >= min(HEIGHTS["big"][0], (1 - 2 * MARGIN) / ASPECT.get(thing.noun, 1.0))
+        widest = (1 - 2 * MARGIN) / ASPECT.get(thing.noun, 1.0)
+        assert thing.height >= min(HEIGHTS["big"][0], widest) - 1e-9
         assert thing.height > HEIGHTS[""][1]
     if said["side"]:
         assert (thing.x < 0.5) == (said["side"] == "left")
