@@ -6,15 +6,15 @@ Shapes: b samples, c latent channels, h x w latent pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
-from services.trainer.data import LatentSource, Use
+from services.trainer.buckets import Size
+from services.trainer.captions import CaptionedPicture, UseRules, drawn_caption
+from services.trainer.data import LatentSource, Use, UseT
 from services.trainer.losses import NoiseSchedule, min_snr_weights
-from services.trainer.randomness import Purpose, normal, uniform, uniform_integer
-
-Caption = Callable[[Use], str]
-"""What one use of a picture is said to show."""
+from services.trainer.randomness import Purpose, normal, uniform_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Batch:
         return len(self.prompts) - self.num_instance
 
 
-class BatchSource:
+class BatchSource(Generic[UseT]):
     """Makes batches of uses; a picture that cannot be encoded is left out.
 
     Args:
@@ -54,18 +54,20 @@ class BatchSource:
         seed: the job's.
         device: where the tensors go.
         caption: what a use is said to show.
+        weight: of a use's loss.
         offset_noise: amplitude of the part of the noise that is one value a channel; 0 is off.
         min_snr_gamma: weighting of the samples by their timestep; 0 is off.
     """
 
     def __init__(
         self,
-        latents: LatentSource,
+        latents: LatentSource[UseT],
         schedule: NoiseSchedule,
         *,
         seed: int,
         device: torch.device,
-        caption: Caption,
+        caption: Callable[[UseT], str],
+        weight: Callable[[UseT], float] = lambda use: 1.0,
         offset_noise: float = 0.0,
         min_snr_gamma: float = 0.0,
     ) -> None:
@@ -74,27 +76,29 @@ class BatchSource:
         self._seed = seed
         self._device = device
         self._caption = caption
+        self._weight = weight
         self._offset_noise = offset_noise
         self._min_snr_gamma = min_snr_gamma
 
-    def batch(self, instance: Sequence[Use], classes: Sequence[Use] = ()) -> Batch:
+    def batch(self, instance: Sequence[UseT], classes: Sequence[UseT] = ()) -> Batch:
         """Returns the forward pass of these uses, all of one size in pixels."""
         usable = self._encoded(instance)
         num_instance = len(usable)
         usable += self._encoded(classes)
         uses = [use for use, _ in usable]
         t = torch.tensor([self._timestep(use) for use in uses], dtype=torch.int64, device=self._device)
+        own = torch.tensor([self._weight(use) for use in uses], device=self._device)
         return Batch(
             z0=self._stacked([z0 for _, z0 in usable]),
             e=self._stacked([self._noise(use, tuple(z0.shape)) for use, z0 in usable]),
             t=t,
-            weights=min_snr_weights(self._schedule, t, self._min_snr_gamma),
+            weights=min_snr_weights(self._schedule, t, self._min_snr_gamma) * own,
             prompts=tuple(self._caption(use) for use in uses),
             sample_ids=tuple(use.picture.sample_id for use in uses),
             num_instance=num_instance,
         )
 
-    def _encoded(self, uses: Sequence[Use]) -> list[tuple[Use, torch.Tensor]]:
+    def _encoded(self, uses: Sequence[UseT]) -> list[tuple[UseT, torch.Tensor]]:
         drawn = [(use, self._latents.latents(use)) for use in uses]
         return [(use, z0) for use, z0 in drawn if z0 is not None]
 
@@ -113,19 +117,17 @@ class BatchSource:
         return torch.stack(list(tensors)).to(self._device) if tensors else torch.empty(0)
 
 
-def prompt_or_nothing(probability: float) -> Caption:
-    """Returns captions that are the picture's prompt, or with a probability empty, drawn anew for each use.
-
-    Args:
-        probability: of an empty caption, 0..1. What the model learns of it is drawn upon by classifier-free guidance
-            (Ho and Salimans 2022, algorithm 1).
-    """
-
-    def caption(use: Use) -> str:
-        dropped = (
-            probability > 0
-            and uniform(use.picture.seed, Purpose.COND_DROPOUT, *use.coordinates) < probability
-        )
-        return "" if dropped else use.picture.prompt
-
-    return caption
+def prompt_caption(use: Use, rules: UseRules) -> str:
+    """Returns what one use of a picture with a prompt is said to show: the prompt as the rules leave it."""
+    picture = use.picture
+    captioned = CaptionedPicture(
+        sample_id=picture.sample_id,
+        path=picture.path,
+        prompt=picture.prompt,
+        concept=picture.concept,
+        seed=picture.seed,
+        name=picture.sample_id,
+        size=Size(0, 0),
+        text=picture.prompt,
+    )
+    return drawn_caption(captioned, rules, picture.seed, use.coordinates)

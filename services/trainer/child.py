@@ -36,12 +36,17 @@ from services.trainer.captions import CaptionedData, captioned_pictures
 from services.trainer.checkpoint import CheckpointDamaged, CheckpointMismatch
 from services.trainer.data import Concept, Picture
 from services.trainer.needs import out_of_memory
-from services.trainer.recipes import dreambooth
-from services.trainer.run import Outcome, Progress, Request, Run, Stage
+from services.trainer.recipes import dreambooth, everydream
+from services.trainer.run import Observer, Outcome, Progress, Request, Run, Stage
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_PAUSE_S = 0.25
+RECIPES: Mapping[int, Callable[[Run, Observer], Outcome]] = {
+    pb.RECIPE_UNSPECIFIED: dreambooth.train,
+    pb.RECIPE_DREAMBOOTH: dreambooth.train,
+    pb.RECIPE_EVERYDREAM: everydream.train,
+}
 Event = Mapping[str, Any]
 
 
@@ -148,7 +153,7 @@ def train(run: Run, observer: LinkObserver) -> Outcome:
 
 def _trained(run: Run, observer: LinkObserver) -> Outcome:
     try:
-        return dreambooth.train(run, observer)
+        return RECIPES[run.spec.recipe](run, observer)
     except Exception as error:
         if as_device_memory_error(error) is None:
             raise

@@ -18,6 +18,7 @@ from services.domain.job import JobRecord
 
 IMAGES_PER_DRAWING: Final = 10
 TEST_PICTURE_STEPS: Final = 20
+PLAIN_PROMPT: Final = "a photo"
 CLASS_IMAGE_STEPS: Final = 50
 CLASS_IMAGE_GUIDANCE: Final = 7.5
 CLASS_IMAGE_SCHEDULER: Final = generation_job_pb2.SCHEDULER_DDIM
@@ -103,10 +104,18 @@ def runs_of(indices: Sequence[int], longest: int) -> list[tuple[int, int]]:
 def proof_drawing(
     spec: training_job_pb2.TrainingSpec, result: training_job_pb2.TrainingResult, record: JobRecord
 ) -> generation_job_pb2.GenerationSpec:
-    """The picture that proves a model: its own instance prompt, few steps, a fixed seed."""
+    """The picture that proves a model: its own instance prompt, few steps, a fixed seed.
+
+    Captioned trainings need no such prompt; then it is that of the first sample or preview, else a plain one.
+    """
+    prompts = [
+        spec.concepts[0].instance_prompt,
+        *(sample.prompt for sample in spec.samples),
+        *spec.preview_prompts,
+    ]
     return generation_job_pb2.GenerationSpec(
         model=result.model or record.id,
-        prompt=spec.concepts[0].instance_prompt,
+        prompt=next((prompt for prompt in prompts if prompt), PLAIN_PROMPT),
         negative_prompt=spec.test_negative_prompt,
         num_images=1,
         num_inference_steps=TEST_PICTURE_STEPS,

@@ -16,7 +16,7 @@ from services.trainer.execution import Execution, schedule_name
 from services.trainer.losses import NoiseSchedule
 from services.trainer.randomness import GENERATOR_VERSION
 from services.trainer.run import Run
-from services.trainer.support import HONOURED
+from services.trainer.support import honoured
 
 REPORT = "training.json"
 """File of the report in the export folder."""
@@ -33,7 +33,8 @@ def configuration_of(run: Run, data: str, execution: Execution, schedule: NoiseS
         schedule: the forward process.
     """
     fields = MessageToDict(run.spec, always_print_fields_with_no_presence=True)
-    camel = {field.json_name for field in run.spec.DESCRIPTOR.fields if field.name in HONOURED - {"concepts"}}
+    names = honoured(run.spec.recipe) - {"concepts"}
+    camel = {field.json_name for field in run.spec.DESCRIPTOR.fields if field.name in names}
     return {name: value for name, value in fields.items() if name in camel} | {
         "model": run.model_digest,
         "data": data,

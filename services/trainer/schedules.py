@@ -21,15 +21,15 @@ def own_steps(spec: pb.TrainingSpec, part: str) -> int:
     return int(spec.unet_steps if part == "unet" else spec.text_encoder_steps)
 
 
-def total_updates(spec: pb.TrainingSpec, updates_per_epoch: int, parts: Collection[str]) -> int:
+def total_updates(spec: pb.TrainingSpec, updates_of_epochs: int, parts: Collection[str]) -> int:
     """Returns the updates of the whole training; it ends early when every part that trains has been frozen.
 
     Args:
         spec: complete.
-        updates_per_epoch: what one pass over the data is.
+        updates_of_epochs: of all epochs together; they count where no number of updates is given.
         parts: what trains, at least one.
     """
-    asked = int(spec.max_train_steps or spec.num_train_epochs * updates_per_epoch)
+    asked = int(spec.max_train_steps or updates_of_epochs)
     own = [own_steps(spec, part) for part in parts]
     return min(asked, max(own)) if all(own) else asked
 

@@ -4,6 +4,7 @@ A field is either honoured (it changes the training and a test proves it), someb
 or refused by name: nothing is ignored silently.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from likeness.training.v1 import training_job_pb2 as pb
@@ -11,7 +12,7 @@ from likeness.training.v1 import training_job_pb2 as pb
 from services.domain.errors import InvalidSpec, Violation
 from services.domain.generation_spec import check_offered
 
-HONOURED = frozenset(
+_COMMON = frozenset(
     {
         "recipe",
         "method",
@@ -41,8 +42,6 @@ HONOURED = frozenset(
         "adam_epsilon",
         "max_grad_norm",
         "clip_models_separately",
-        "with_prior_preservation",
-        "prior_loss_weight",
         "train_unet",
         "train_text_encoder",
         "unet_steps",
@@ -50,16 +49,24 @@ HONOURED = frozenset(
         "pad_tokens",
         "clip_skip",
         "caption_dropout",
+        "shuffle_tags",
+        "tag_dropout",
         "min_snr_gamma",
         "offset_noise",
         "ema_decay",
         "zero_terminal_snr",
-        "balance_concepts",
         "lora",
         "save_full_precision",
     }
 )
-"""Fields that the DreamBooth recipe acts upon."""
+_OWN: Mapping[int, frozenset[str]] = {
+    pb.RECIPE_DREAMBOOTH: frozenset({"with_prior_preservation", "prior_loss_weight", "balance_concepts"}),
+    pb.RECIPE_EVERYDREAM: frozenset(
+        {"aspect_ratio_bucketing", "crop_jitter", "rated_dataset", "rated_dataset_final_percent"}
+    ),
+}
+_NAMES: Mapping[int, str] = {pb.RECIPE_DREAMBOOTH: "DreamBooth", pb.RECIPE_EVERYDREAM: "EveryDream"}
+RECIPES = tuple(_OWN)
 
 OF_OTHERS = frozenset(
     {
@@ -67,7 +74,6 @@ OF_OTHERS = frozenset(
         "sample_batch_size",
         "samples",
         "preview_steps",
-        "rated_dataset_final_percent",
         "min_usable_images",
         "test_negative_prompt",
         "model_name",
@@ -75,8 +81,19 @@ OF_OTHERS = frozenset(
 )
 """Fields that act before or after the recipe, or only beside one that is refused."""
 
-_MAY_STAY_UNSET = frozenset({"seed", "text_encoder_learning_rate"})
+_WITHOUT_EFFECT: Mapping[int, frozenset[str]] = {
+    pb.RECIPE_DREAMBOOTH: frozenset({"rated_dataset_final_percent"}),
+    pb.RECIPE_EVERYDREAM: frozenset({"prior_loss_weight"}),
+}
+"""Fields that have a default and act only beside one that the recipe refuses."""
+
+_MAY_STAY_UNSET = frozenset({"seed", "text_encoder_learning_rate", "lr_warmup_steps"})
 _AT_LEAST_ONE = ("resolution", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
+
+
+def honoured(recipe: int) -> frozenset[str]:
+    """Returns the fields that a recipe acts upon; unspecified is DreamBooth."""
+    return _COMMON | _OWN.get(recipe or pb.RECIPE_DREAMBOOTH, frozenset())
 
 
 def check_supported(spec: pb.TrainingSpec) -> None:
@@ -85,13 +102,17 @@ def check_supported(spec: pb.TrainingSpec) -> None:
     Raises:
         InvalidSpec: with every fault.
     """
+    recipe = spec.recipe or pb.RECIPE_DREAMBOOTH
+    if recipe not in RECIPES:
+        raise InvalidSpec(f"must be {' or '.join(_NAMES.values())}", "recipe")
+    acceptable = honoured(recipe) | OF_OTHERS | _WITHOUT_EFFECT[recipe]
     faults = [
-        Violation(field.name, "is not supported by the DreamBooth recipe")
+        Violation(field.name, f"is not supported by the {_NAMES[recipe]} recipe")
         for field, value in spec.ListFields()
-        if field.name not in HONOURED | OF_OTHERS and not _is_zero(value)
+        if field.name not in acceptable and not _is_zero(value)
     ]
-    if spec.recipe not in (pb.RECIPE_UNSPECIFIED, pb.RECIPE_DREAMBOOTH):
-        faults.append(Violation("recipe", "must be DreamBooth"))
+    if recipe == pb.RECIPE_EVERYDREAM and not spec.aspect_ratio_bucketing:
+        faults.append(Violation("aspect_ratio_bucketing", "must be set with the EveryDream recipe"))
     if not (spec.train_unet or spec.train_text_encoder):
         faults.append(Violation("train_unet", "must be set unless the text encoder is trained"))
     faults += [Violation(name, "must be at least 1") for name in _AT_LEAST_ONE if getattr(spec, name) < 1]
@@ -110,4 +131,8 @@ def _unresolved(spec: pb.TrainingSpec) -> list[str]:
     optional = [
         field.name for field in spec.DESCRIPTOR.fields if field.has_presence and field.message_type is None
     ]
-    return [name for name in optional if name in HONOURED - _MAY_STAY_UNSET and not spec.HasField(name)]
+    return [
+        name
+        for name in optional
+        if name in honoured(spec.recipe) - _MAY_STAY_UNSET and not spec.HasField(name)
+    ]

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.domain.errors import BadInput
-from services.trainer.batches import Batch, BatchSource, prompt_or_nothing
+from services.trainer.batches import Batch, BatchSource, prompt_caption
+from services.trainer.captions import rules_of
 from services.trainer.conditioning import TextConditioner, posterior_encoder
 from services.trainer.data import Concept, EpochPlan, LatentSource, PictureReader, fingerprint
 from services.trainer.drawings import has_prior
@@ -58,7 +59,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
         balanced=spec.balance_concepts,
     )
-    total = total_updates(spec, plan.updates_per_epoch, parts_of(spec))
+    total = total_updates(spec, spec.num_train_epochs * plan.updates_per_epoch, parts_of(spec))
     reader = PictureReader(
         resolution=spec.resolution, center_crop=spec.center_crop, flip_probability=spec.flip_probability
     )
@@ -72,12 +73,13 @@ def train(run: Run, observer: Observer) -> Outcome:
         trained=spec.train_text_encoder,
         clip_skip=spec.clip_skip,
     )
+    rules = rules_of(spec)
     source = BatchSource(
         latents,
         schedule,
         seed=spec.seed,
         device=device,
-        caption=prompt_or_nothing(spec.caption_dropout),
+        caption=lambda use: prompt_caption(use, rules),
         offset_noise=spec.offset_noise,
         min_snr_gamma=spec.min_snr_gamma,
     )

@@ -13,8 +13,8 @@ from likeness.training.v1 import training_job_pb2 as pb
 from PIL import Image
 from safetensors.torch import load_file
 
+from services.trainer.child import RECIPES
 from services.trainer.data import Concept, Picture
-from services.trainer.recipes import dreambooth
 from services.trainer.report import REPORT
 from services.trainer.run import Outcome, Progress, Request, Run, Stage
 
@@ -152,7 +152,7 @@ class Bench:
         """Trains and reads back what was exported."""
         watcher = recorder or Recorder()
         run = replace(self.run(spec, concepts, name), **changes)
-        outcome = dreambooth.train(run, watcher)
+        outcome = RECIPES[spec.recipe](run, watcher)
         return Trained(run, outcome, watcher)
 
 
@@ -217,3 +217,12 @@ def spying(owner: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def is_training(*values: Any) -> bool:
+    """Whether a call belongs to an update: gradients flow through it, and its tensors have numbers.
+
+    A training also draws with the finished model to prove it, and counts beforehand what one pass will take.
+    """
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return torch.is_grad_enabled() and not any(tensor.is_meta for tensor in tensors)

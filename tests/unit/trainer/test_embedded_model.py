@@ -11,7 +11,7 @@ from torch import Tensor
 
 from services.diffusion.loading import load_components
 from services.trainer.data import LatentSource
-from tests.unit.trainer.harness import Bench, Trained, complete_spec, make_concept
+from tests.unit.trainer.harness import Bench, Trained, complete_spec, is_training, make_concept
 
 INSTANCE_PROMPT, CLASS_PROMPT = "a photo of a sks robot", "a robot"
 
@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_the_velocity_at_the_published_noise_levels(
         return z0
 
     def noted_forward(self: Any, sample: Tensor, timestep: Tensor, *rest: Any, **named: Any) -> Any:
-        if torch.is_grad_enabled():
+        if is_training(sample):
             shown.append((sample.detach().clone(), timestep.clone()))
         return forward(self, sample, timestep, *rest, **named)
 

@@ -28,6 +28,7 @@ from tests.unit.trainer.harness import (
     Trained,
     base_weights,
     complete_spec,
+    is_training,
     same_bits,
     spying,
 )
@@ -198,8 +199,8 @@ def test_a_checkpoint_holds_the_adapters_and_names_the_base(bench: Bench) -> Non
 def test_a_low_precision_base_keeps_float32_adapters(bench: Bench) -> None:
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
-    def note(unet: Any, *a: Any, **k: Any) -> None:
-        if torch.is_grad_enabled():
+    def note(unet: Any, sample: torch.Tensor, *a: Any, **k: Any) -> None:
+        if is_training(sample):
             seen.append((unet.conv_in.weight.dtype, unet.dtype))
 
     spec = lora_spec(mixed_precision=pb.MIXED_PRECISION_BF16, max_train_steps=3)

@@ -20,20 +20,23 @@ from transformers.models.clip import modeling_clip
 from services.diffusion.loading import load_components
 from services.domain.errors import BadInput, InvalidSpec
 from services.trainer import optim, randomness, updates
-from services.trainer.batches import BatchSource, prompt_or_nothing
+from services.trainer.batches import BatchSource, prompt_caption
+from services.trainer.captions import UseRules
+from services.trainer.conditioning import TextConditioner
 from services.trainer.data import PictureReader, Use
 from services.trainer.losses import NoiseSchedule, noise_schedule_of
 from services.trainer.moving_average import MovingAverage
 from services.trainer.randomness import Purpose
 from services.trainer.report import REPORT
-from services.trainer.support import HONOURED, OF_OTHERS
-from tests.unit.trainer import test_lora_training
+from services.trainer.support import OF_OTHERS, RECIPES, check_supported, honoured
+from tests.unit.trainer import test_everydream, test_lora_training
 from tests.unit.trainer.harness import (
     RESOLUTION,
     Bench,
     Trained,
     base_weights,
     complete_spec,
+    is_training,
     largest_difference,
     make_concept,
     same_bits,
@@ -41,7 +44,7 @@ from tests.unit.trainer.harness import (
 )
 
 PROOFS = {
-    "recipe": "test_another_recipe_is_refused",
+    "recipe": "test_epochs_count_batches_of_all_pictures",
     "method": "test_only_the_adapters_learn_and_the_base_keeps_its_bits",
     "lora": "test_alpha_scales_what_is_added",
     "concepts": "test_concepts_prompts_reach_the_text_encoder",
@@ -79,6 +82,12 @@ PROOFS = {
     "text_encoder_steps": "test_a_part_is_frozen_after_its_own_steps",
     "clip_skip": "test_clip_skip_trains_and_conditions_on_an_inner_layer",
     "caption_dropout": "test_caption_dropout_of_one_makes_the_weights_independent_of_captions",
+    "shuffle_tags": "test_tags_of_a_prompt_are_shuffled_and_left_out_as_asked",
+    "tag_dropout": "test_tags_of_a_prompt_are_shuffled_and_left_out_as_asked",
+    "aspect_ratio_bucketing": "test_each_picture_trains_at_the_size_of_its_bucket",
+    "crop_jitter": "test_crop_jitter_moves_the_crops_of_large_pictures",
+    "rated_dataset": "test_a_rated_dataset_shrinks_to_its_share",
+    "rated_dataset_final_percent": "test_a_rated_dataset_shrinks_to_its_share",
     "min_snr_gamma": "test_min_snr_gamma_weights_each_sample_by_its_own_timestep",
     "offset_noise": "test_offset_noise_moves_the_mean_of_whole_channels",
     "ema_decay": "test_ema_decay_publishes_the_moving_average",
@@ -90,24 +99,34 @@ PROOFS = {
 
 def test_every_field_of_the_specification_is_proved_refused_or_of_others() -> None:
     fields = {field.name for field in pb.TrainingSpec.DESCRIPTOR.fields}
-    assert set(PROOFS) == HONOURED
-    assert fields >= HONOURED | OF_OTHERS
-    assert not HONOURED & OF_OTHERS
-    assert all(name in globals() | vars(test_lora_training) for name in PROOFS.values())
-    refused = fields - HONOURED - OF_OTHERS
+    acted_upon = frozenset[str]().union(*(honoured(recipe) for recipe in RECIPES))
+    assert set(PROOFS) == acted_upon
+    assert fields >= acted_upon | OF_OTHERS
+    assert not acted_upon & OF_OTHERS
+    tests = globals() | vars(test_lora_training) | vars(test_everydream)
+    assert all(name in tests for name in PROOFS.values())
+    refused = fields - acted_upon - OF_OTHERS
     assert refused == set(REFUSED_VALUES)
 
 
-REFUSED_VALUES: dict[str, Any] = {
+OF_CAPTIONED_TRAINING: dict[str, Any] = {
     "aspect_ratio_bucketing": True,
-    "shuffle_tags": True,
-    "tag_dropout": 0.1,
+    "crop_jitter": 0.01,
     "rated_dataset": True,
+}
+
+
+@pytest.mark.parametrize("field", OF_CAPTIONED_TRAINING)
+def test_what_only_captioned_training_does_is_refused_by_dreambooth(field: str, bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match=f"{field}: is not supported by the DreamBooth recipe"):
+        bench.train(complete_spec(**{field: OF_CAPTIONED_TRAINING[field]}))
+
+
+REFUSED_VALUES: dict[str, Any] = {
     "publish_every_minutes": 1.0,
     "save_optimizer": True,
     "export_formats": [pb.EXPORT_FORMAT_SINGLE_FILE],
     "preview_prompts": ["a dog"],
-    "crop_jitter": 0.01,
     "revision": "main",
     "resume_checkpoint_url": "https://models.example.org/a.safetensors",
     "hub_subfolder": "pipeline",
@@ -123,9 +142,9 @@ def test_what_the_recipe_cannot_do_is_refused_by_name(field: str, bench: Bench) 
         bench.train(complete_spec(**{field: REFUSED_VALUES[field]}))
 
 
-def test_another_recipe_is_refused(bench: Bench) -> None:
-    with pytest.raises(InvalidSpec, match="recipe: must be DreamBooth"):
-        bench.train(complete_spec(recipe=pb.RECIPE_EVERYDREAM))
+def test_an_unknown_recipe_is_refused(bench: Bench) -> None:
+    with pytest.raises(InvalidSpec, match="recipe: must be DreamBooth or EveryDream"):
+        check_supported(complete_spec(recipe=9))
 
 
 def test_a_specification_with_open_defaults_is_refused(bench: Bench) -> None:
@@ -139,7 +158,7 @@ NOISE = noise_schedule_of({"beta_schedule": "scaled_linear", "beta_start": 0.000
 
 
 class UnetSpy:
-    """Notes the shapes of every forward pass of the UNet that trains; the drawings that prove the export do not."""
+    """Notes the shapes of every forward pass of the UNet that trains; the others do not."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[int, ...]] = []
@@ -148,7 +167,7 @@ class UnetSpy:
     def __call__(
         self, unet: Any, sample: torch.Tensor, t: Any, encoder_hidden_states: torch.Tensor, **options: Any
     ) -> None:
-        if torch.is_grad_enabled():
+        if is_training(sample):
             self.samples.append(tuple(sample.shape))
             self.text.append(tuple(encoder_hidden_states.shape))
 
@@ -273,7 +292,7 @@ def training_call(seen: list[int]) -> Callable[..., None]:
     """Counts calls that gradients flow through."""
 
     def note(*arguments: Any, **named: Any) -> None:
-        if torch.is_grad_enabled():
+        if is_training(*arguments, *named.values()):
             seen.append(1)
 
     return note
@@ -303,7 +322,7 @@ def test_mixed_precision_sets_the_type_of_activations(bench: Bench) -> None:
     for precision in (pb.MIXED_PRECISION_UNSPECIFIED, pb.MIXED_PRECISION_NO, pb.MIXED_PRECISION_BF16):
 
         def note(block: Any, *a: Any, hidden_states: torch.Tensor, key: int = precision, **k: Any) -> None:
-            if torch.is_grad_enabled():
+            if is_training(hidden_states):
                 types[key] = block.resnets[0].conv1(hidden_states).dtype
 
         with spying(CrossAttnDownBlock2D, "forward", note):
@@ -748,7 +767,8 @@ def test_clip_skip_trains_and_conditions_on_an_inner_layer(skip: int, bench: Ben
     seen: list[torch.Tensor] = []
 
     def note(unet: Any, sample: Any, t: Any, encoder_hidden_states: torch.Tensor, **k: Any) -> None:
-        seen.append(encoder_hidden_states.detach().clone())
+        if is_training(sample):
+            seen.append(encoder_hidden_states.detach().clone())
 
     spec = complete_spec(clip_skip=skip, max_train_steps=1, with_prior_preservation=False)
     with spying(UNet2DConditionModel, "forward", note):
@@ -791,10 +811,31 @@ def test_caption_dropout_of_one_makes_the_weights_independent_of_captions(bench:
 
 def test_caption_dropout_drops_its_share_of_uses(bench: Bench) -> None:
     (picture,) = make_concept(bench.folder / "data", instances=1, classes=0).instance_pictures
-    caption = prompt_or_nothing(0.1)
-    dropped = sum(caption(Use(picture, epoch, 0)) == "" for epoch in range(5000)) / 5000
-    assert dropped == pytest.approx(0.1, abs=0.013)
-    assert all(prompt_or_nothing(0.0)(Use(picture, epoch, 0)) for epoch in range(100))
+    captions = [
+        [prompt_caption(Use(picture, epoch, 0), UseRules(caption_dropout=rate)) for epoch in range(count)]
+        for rate, count in ((0.1, 5000), (0.0, 100))
+    ]
+    assert captions[0].count("") / 5000 == pytest.approx(0.1, abs=0.013)
+    assert set(captions[1]) == {picture.prompt}
+
+
+def test_tags_of_a_prompt_are_shuffled_and_left_out_as_asked(bench: Bench) -> None:
+    def seen(name: str, **values: Any) -> list[str]:
+        prompts: list[str] = []
+        concept = make_concept(
+            bench.folder / "data", instances=1, classes=0, instance_prompt="sks dog, red, blue, green"
+        )
+        with spying(TextConditioner, "vectors", lambda conditioner, batch: prompts.extend(batch)):
+            spec = complete_spec(max_train_steps=8, with_prior_preservation=False, **values)
+            bench.train(spec, (concept,), name)
+        return prompts
+
+    shuffled, thinned = seen("shuffled", shuffle_tags=True), seen("thinned", tag_dropout=0.5)
+    assert set(seen("plain")) == {"sks dog, red, blue, green"}
+    assert {tuple(sorted(prompt.split(", "))) for prompt in shuffled} == {("blue", "green", "red", "sks dog")}
+    assert len(set(shuffled)) > 2
+    assert len({len(prompt) for prompt in thinned}) > 1
+    assert all(prompt.startswith("sks dog") for prompt in shuffled + thinned)
 
 
 def test_min_snr_gamma_weights_each_sample_by_its_own_timestep(
