@@ -7,7 +7,7 @@ from PIL import Image
 
 THUMBNAIL_PX = 128
 GAP_PX = 4
-COLOURS = 128
+COLOURS = 256
 """Colours that a grid is reduced to: drawings are flat, and soft edges survive it."""
 
 

@@ -41,8 +41,8 @@ COLUMNS: dict[str, str] = {
     "subject": "the subject's drawing, searched for in the pictures that name it: 0 to 1",
     "prompt": "share of these in which all else that the prompt says is right: background, size, position, "
     "second thing",
-    "class leak": "the same search in pictures of the class word alone; the base's value is none",
-    "other leak": "overlap of the colours of things of other classes with the subject's; the base's value is none",
+    "class leak": "the same search in pictures of the class word alone; what the untrained base has is chance",
+    "other leak": "overlap of the colours of other classes with the subject's; what the untrained base has is chance",
     "diversity": "mean difference of two pictures of one class prompt, thing by thing, 0 to 255; near 0 all are one",
     "training s": "seconds from the request until the trained model is there, class pictures included",
     "all s": "seconds from the request to the last picture",

@@ -1,6 +1,7 @@
 """The tables for people: on the terminal, and as the page beside the JSON files that they are made from."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ def write_page(out: Path) -> None:
     lines = [
         "# How well it draws and learns",
         "",
-        "This page is written by `make eval` from the JSON files beside it; `tests/eval` is the code. Every judge",
-        "works by comparing with what `models/pocket` draws: no network judges a picture.",
+        *_paragraph(
+            "This page is written by `make eval` from the JSON files beside it; `tests/eval` is the code. Every judge"
+            " compares with what `models/pocket` draws: no network judges a picture."
+        ),
     ]
     if found[TEXT]:
         lines += _text_section(found[TEXT])
@@ -79,10 +82,12 @@ def _text_section(result: Mapping[str, Any]) -> list[str]:
         "",
         "## Text to image",
         "",
-        f"{result['prompts']} prompts on combinations of colour, noun and background that were kept from",
-        f"training. One picture each, {drawing['size_px']} px, {drawing['num_inference_steps']} steps "
-        f"({drawing['scheduler']}), guidance {drawing['guidance_scale']:g}, by `StableDiffusionPipeline`,",
-        f"{about['seconds_a_picture']:.2f} s a picture. Share right, with its 95 % Wilson interval.",
+        *_paragraph(
+            f"{result['prompts']} prompts on combinations of colour, noun and background that were kept from training."
+            f" One picture each, {drawing['size_px']} px, {drawing['num_inference_steps']} steps"
+            f" ({drawing['scheduler']}), guidance {drawing['guidance_scale']:g}, by `StableDiffusionPipeline`,"
+            f" {about['seconds_a_picture']:.2f} s a picture. Share right, with its 95 % Wilson interval."
+        ),
         "",
         *text_table(result),
         "",
@@ -112,11 +117,13 @@ def _personalisation_section(result: Mapping[str, Any]) -> list[str]:
         "",
         "## Personalisation",
         "",
-        f"{len(names)} subjects ({', '.join(names)}), individuals that the base has never seen; five pictures",
-        f"each on different backgrounds; {result['seeds']} pictures of each prompt, {result['pictures_a_subject']} a",
-        "subject. The service's rows were trained and drawn by the embedded platform over HTTP, one job at a time; the",
-        "script's row beside them by its own process, drawn by `StableDiffusionPipeline`, each side with half of the",
-        "cores. Means, with 95 % bootstrap intervals over subjects and, within them, seeds.",
+        *_paragraph(
+            f"Subjects: {', '.join(names)}; individuals that the base has never seen. Five pictures of each on"
+            f" different backgrounds teach it; {result['seeds']} pictures of each prompt are drawn,"
+            f" {result['pictures_a_subject']} a subject. The service's rows were trained and drawn by the embedded platform over HTTP, one job at a"
+            " time; the script's row beside them by its own process, drawn by `StableDiffusionPipeline`, each side with"
+            " half of the cores. Means, with 95 % bootstrap intervals over subjects and, within them, seeds."
+        ),
         "",
         *personalisation_table(result),
         "",
@@ -144,6 +151,10 @@ def _personalisation_section(result: Mapping[str, Any]) -> list[str]:
         ]
         lines += [f"![{row}](personalisation-{slug(row)}.png)"]
     return lines
+
+
+def _paragraph(text: str) -> list[str]:
+    return textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def _meanings(texts: Mapping[str, str]) -> list[str]:
