@@ -120,9 +120,10 @@ def _personalisation_section(result: Mapping[str, Any]) -> list[str]:
         *_paragraph(
             f"Subjects: {', '.join(names)}; individuals that the base has never seen. Five pictures of each on"
             f" different backgrounds teach it; {result['seeds']} pictures of each prompt are drawn,"
-            f" {result['pictures_a_subject']} a subject. The service's rows were trained and drawn by the embedded platform over HTTP, one job at a"
-            " time; the script's row beside them by its own process, drawn by `StableDiffusionPipeline`, each side with"
-            " half of the cores. Means, with 95 % bootstrap intervals over subjects and, within them, seeds."
+            f" {result['pictures_a_subject']} a subject. The service's rows were trained and drawn by the embedded"
+            " platform over HTTP, one job at a time; the script's row beside them by its own process, drawn by"
+            " `StableDiffusionPipeline`, each side with half of the cores. Means, with 95 % bootstrap intervals over"
+            " subjects and, within them, seeds."
         ),
         "",
         *personalisation_table(result),
