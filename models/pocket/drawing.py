@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from models.pocket.figures import ASPECT, COLOURS, Features, Point, Primitive, Rgb, outline
+from models.pocket.figures import ASPECT, COLOURS, Point, Primitive, Rgb, outline
 from models.pocket.scenes import PLACES, Scene, Thing
 
 OVERSAMPLING = 2
@@ -168,6 +168,3 @@ def _sea(side: int, horizon: float, shade: tuple[int, int, int]) -> Image.Image:
 _PLACE_DRAWINGS: dict[str, Callable[[int, float, tuple[int, int, int]], Image.Image]] = dict(
     zip(PLACES, (_beach, _snow, _grass, _night, _desert, _sea), strict=True)
 )
-
-
-__all__ = ["NATIVE_SIZE_PX", "Features", "draw", "draw_background", "shaded", "texture", "thing_mask"]

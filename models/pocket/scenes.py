@@ -37,7 +37,6 @@ _CLASHING = {
     "blue": ("purple",),
     "purple": ("blue",),
     "brown": ("red", "orange"),
-    "black": (),
 }
 """Background -> colours that are hard to tell from it (besides itself)."""
 
@@ -167,7 +166,7 @@ def one_thing(
     elif position == "middle":
         x = 0.5
     else:
-        x = rng.uniform(max(low, 0.28), max(low, min(high, 0.72))) if low < 0.72 else 0.5
+        x = rng.uniform(max(low, 0.28), max(low, min(high, 0.72)))
     placed = "" if position == "middle" else position or _position_word(x, half)
     return _scene(rng, background, [(noun, colour, features, x, height)], size, placed)
 
