@@ -7,7 +7,8 @@ precision, and a short drawing with the same seed the same picture.
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from services.diffusion.loading import Components, load_components, open_model
 from services.diffusion.lora import Part
 from services.domain.errors import ExportMismatch
 from services.domain.training_spec import LOW_RANK
-from services.trainer import adapters
+from services.trainer import adapters, whole_files
 from services.trainer.run import Run
 from services.trainer.shared_files import shared_paths
 from services.trainer.trained_model import TrainedModel, parts_of
@@ -65,7 +66,7 @@ class Exported:
 
 
 def export(run: Run, model: TrainedModel, prompt: str) -> Exported:
-    """Writes what was trained and what the base cannot share, and reads it back.
+    """Writes what was trained and what the base cannot share, reads it back, and adds the formats asked for.
 
     Args:
         run: where to write, and how.
@@ -88,7 +89,11 @@ def export(run: Run, model: TrainedModel, prompt: str) -> Exported:
         _check_tensors(run, model, dtype)
     if components.scheduler_config != model.components.scheduler_config:
         files += save_scheduler_config(dict(components.scheduler_config), run.export_folder)
-    difference = _check_drawing(run, components, files, dtype, prompt)
+    with _read_back(run, files) as published:
+        difference = _check_drawing(run, components, published, files, dtype, prompt)
+        if run.spec.export_formats:
+            whole = dtype if _fits(published, dtype) else torch.float32
+            other_formats |= whole_files.write(published, run.spec.export_formats, run.export_folder, whole)
     if difference is None:
         warnings.append("the model draws nothing that is finite")
     return Exported(tuple(files), other_formats, tuple(warnings), difference)
@@ -159,24 +164,40 @@ def _check_file(path: Path, expected: Mapping[str, Tensor], dtype: torch.dtype) 
                 raise ExportMismatch(f"{path.name} was not published: {name} is not what was trained")
 
 
-def _check_drawing(
-    run: Run, components: Components, files: Iterable[Path], dtype: torch.dtype, prompt: str
-) -> float | None:
-    """Draws with the model in memory and with the files, and compares; returns the difference."""
-    proof, files = run.workdir / "proof", list(files)
+@contextmanager
+def _read_back(run: Run, files: Iterable[Path]) -> Iterator[Components]:
+    """Loads the model as whoever draws with it does."""
+    proof = run.workdir / "proof"
     shutil.rmtree(proof, ignore_errors=True)
     try:
         assemble(run, files, proof)
-        precisions = {dtype, components.unet.dtype, components.text_encoder.dtype}
-        return compare_drawings(
-            components,
-            load_components(proof, torch.float32, run.device),
-            _proof_drawing(run, components, prompt),
-            tolerance=EXACT_TOLERANCE if precisions == {torch.float32} else HALF_TOLERANCE,
-            decoded=Path(VAE_WEIGHTS) in files,
-        )
+        yield load_components(proof, torch.float32, run.device)
     finally:
         shutil.rmtree(proof, ignore_errors=True)
+
+
+def _check_drawing(
+    run: Run,
+    components: Components,
+    published: Components,
+    files: Iterable[Path],
+    dtype: torch.dtype,
+    prompt: str,
+) -> float | None:
+    """Draws with the model in memory and with the one from its files, and compares; returns the difference."""
+    precisions = {dtype, components.unet.dtype, components.text_encoder.dtype}
+    return compare_drawings(
+        components,
+        published,
+        _proof_drawing(run, components, prompt),
+        tolerance=EXACT_TOLERANCE if precisions == {torch.float32} else HALF_TOLERANCE,
+        decoded=Path(VAE_WEIGHTS) in files,
+    )
+
+
+def _fits(components: Components, dtype: torch.dtype) -> bool:
+    modules = (components.unet, components.vae, components.text_encoder)
+    return all(all_finite(parameter.to(dtype) for parameter in module.parameters()) for module in modules)
 
 
 def assemble(run: Run, files: Iterable[Path], folder: Path) -> None:

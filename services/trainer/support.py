@@ -11,6 +11,7 @@ from likeness.training.v1 import training_job_pb2 as pb
 
 from services.domain.errors import InvalidSpec, Violation
 from services.domain.generation_spec import check_offered
+from services.domain.training_spec import LOW_RANK
 
 _COMMON = frozenset(
     {
@@ -57,6 +58,7 @@ _COMMON = frozenset(
         "zero_terminal_snr",
         "lora",
         "save_full_precision",
+        "export_formats",
     }
 )
 _OWN: Mapping[int, frozenset[str]] = {
@@ -67,6 +69,8 @@ _OWN: Mapping[int, frozenset[str]] = {
 }
 _NAMES: Mapping[int, str] = {pb.RECIPE_DREAMBOOTH: "DreamBooth", pb.RECIPE_EVERYDREAM: "EveryDream"}
 RECIPES = tuple(_OWN)
+WHOLE_FORMATS = (pb.EXPORT_FORMAT_SINGLE_FILE, pb.EXPORT_FORMAT_CKPT)
+LORA_FORMATS = (pb.EXPORT_FORMAT_LORA_DIFFUSERS, pb.EXPORT_FORMAT_LORA_KOHYA)
 
 OF_OTHERS = frozenset(
     {
@@ -113,6 +117,7 @@ def check_supported(spec: pb.TrainingSpec) -> None:
     ]
     if recipe == pb.RECIPE_EVERYDREAM and not spec.aspect_ratio_bucketing:
         faults.append(Violation("aspect_ratio_bucketing", "must be set with the EveryDream recipe"))
+    faults += _check_formats(spec)
     if not (spec.train_unet or spec.train_text_encoder):
         faults.append(Violation("train_unet", "must be set unless the text encoder is trained"))
     faults += [Violation(name, "must be at least 1") for name in _AT_LEAST_ONE if getattr(spec, name) < 1]
@@ -121,6 +126,17 @@ def check_supported(spec: pb.TrainingSpec) -> None:
         faults += check_offered(sample, f"samples[{index}].")
     if faults:
         raise InvalidSpec(faults)
+
+
+def _check_formats(spec: pb.TrainingSpec) -> list[Violation]:
+    """A LoRA has both layouts of its own in any case; other models have none."""
+    faults = []
+    for index, value in enumerate(spec.export_formats):
+        if value not in WHOLE_FORMATS + LORA_FORMATS:
+            faults.append(Violation(f"export_formats[{index}]", "must be a known format"))
+        elif value in LORA_FORMATS and spec.method not in LOW_RANK:
+            faults.append(Violation(f"export_formats[{index}]", "needs method LORA or LOCON"))
+    return faults
 
 
 def _is_zero(value: Any) -> bool:

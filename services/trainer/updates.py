@@ -45,7 +45,7 @@ from services.trainer.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER_ON_RESUME = frozenset({"maxTrainSteps", "numTrainEpochs", "saveFullPrecision"})
+MAY_DIFFER_ON_RESUME = frozenset({"exportFormats", "maxTrainSteps", "numTrainEpochs", "saveFullPrecision"})
 
 BatchesOf = Callable[[int], list[Batch]]
 """The forward passes of one update, counted from 0."""
@@ -327,7 +327,7 @@ class UpdateLoop:
         )
 
     def _is_finite(self) -> bool:
-        return all_finite(self._parameters.values())
+        return all_finite([*self._parameters.values(), *self.average.weights().values()])
 
     # -- what is left of it ----------------------------------------------------------------------------------
 

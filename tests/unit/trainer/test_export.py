@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from services.diffusion.drawing import Drawing, draw_latents
 from services.diffusion.exporting import save_text_encoder, save_unet
-from services.diffusion.loading import load_components
+from services.diffusion.loading import load_components, load_single_file
 from services.diffusion.lora import Factors, LoraWeights
 from services.diffusion.lora_files import write_kohya
 from services.domain.artifacts import SINGLE_FILE_NAME
-from services.domain.errors import ExportMismatch
-from services.trainer import adapters, export
+from services.domain.errors import ExportMismatch, InvalidSpec
+from services.trainer import adapters, export, whole_files
 from services.trainer.export import assemble, compare_drawings
 from services.trainer.shared_files import shared_paths
+from services.trainer.support import check_supported
 from tests.single_file_folder import write_single_file_folder
 from tests.unit.trainer.harness import Bench, complete_spec
 
@@ -154,3 +155,62 @@ def test_a_trained_model_shares_what_it_did_not_change(
     base: list[str], changed: list[str], low_rank: bool, expected: dict[str, str]
 ) -> None:
     assert shared_paths(base, changed=changed, low_rank=low_rank) == expected
+
+
+WHOLE = [pb.EXPORT_FORMAT_SINGLE_FILE, pb.EXPORT_FORMAT_CKPT]
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["32 bits", "16 bits"])
+@pytest.mark.parametrize("values", [{}, LORA], ids=["full", "LoRA"])
+def test_export_formats_are_published_beside_the_model(
+    values: dict[str, Any], full: bool, bench: Bench, sd1_model_dir: Path
+) -> None:
+    spec = complete_spec(
+        export_formats=WHOLE, save_full_precision=full, max_train_steps=2, learning_rate=1e-2, **values
+    )
+    trained = bench.train(spec, model_folder=sd1_model_dir)
+    folder, formats = trained.run.export_folder, trained.outcome.other_formats
+    assert set(formats) == {"single_file", "ckpt"} | ({"lora_diffusers", "lora_kohya"} if values else set())
+    single, pickled = folder / formats["single_file"], folder / formats["ckpt"]
+    tensors = load_file(single)
+    # The loader of the library reads it, and it draws what the model draws.
+    read = load_single_file(single, sd1_model_dir)
+    assemble(trained.run, trained.outcome.files[:-1], bench.folder / "model")
+    expected = draw_latents(load_components(bench.folder / "model"), PROOF)
+    difference = (draw_latents(read, PROOF) - expected).norm() / expected.norm()
+    assert float(difference) < (1e-4 if full else 0.02)
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {
+        torch.float32 if full else torch.float16
+    }
+    checkpoint = torch.load(pickled, weights_only=True)["state_dict"]
+    assert checkpoint.keys() == tensors.keys()
+    assert all(torch.equal(checkpoint[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_single_file_that_lost_a_weight_on_its_way_is_not_published(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = whole_files._WRITERS[pb.EXPORT_FORMAT_SINGLE_FILE]
+
+    def save_changed(components: Any, path: Path, dtype: Any) -> None:
+        real[2](components, path, dtype)
+        change_a_weight(path)
+
+    changed = {pb.EXPORT_FORMAT_SINGLE_FILE: (*real[:2], save_changed)}
+    monkeypatch.setattr(whole_files, "_WRITERS", changed)
+    with pytest.raises(ExportMismatch, match=r"model\.safetensors was not published"):
+        bench.train(complete_spec(export_formats=WHOLE, **ONE_STEP))
+
+
+@pytest.mark.parametrize(
+    ("formats", "rule"),
+    [
+        ([pb.EXPORT_FORMAT_SINGLE_FILE, pb.EXPORT_FORMAT_LORA_KOHYA], r"\[1\]: needs method LORA or LOCON"),
+        ([pb.EXPORT_FORMAT_UNSPECIFIED], r"\[0\]: must be a known format"),
+        ([99], r"\[0\]: must be a known format"),
+    ],
+    ids=["of adapters", "unspecified", "unknown"],
+)
+def test_a_format_that_a_training_does_not_have_is_refused(formats: list[int], rule: str) -> None:
+    with pytest.raises(InvalidSpec, match=f"export_formats{rule}"):
+        check_supported(complete_spec(export_formats=formats))

@@ -29,7 +29,7 @@ from services.trainer.moving_average import MovingAverage
 from services.trainer.randomness import Purpose
 from services.trainer.report import REPORT
 from services.trainer.support import OF_OTHERS, RECIPES, check_supported, honoured
-from tests.unit.trainer import test_everydream, test_lora_training
+from tests.unit.trainer import test_everydream, test_export, test_lora_training
 from tests.unit.trainer.harness import (
     RESOLUTION,
     Bench,
@@ -93,6 +93,7 @@ PROOFS = {
     "ema_decay": "test_ema_decay_publishes_the_moving_average",
     "zero_terminal_snr": "test_zero_terminal_snr_trains_to_no_signal_and_draws_from_there",
     "balance_concepts": "test_balance_concepts_draws_all_concepts_equally_often",
+    "export_formats": "test_export_formats_are_published_beside_the_model",
     "save_full_precision": "test_save_full_precision_sets_the_type_of_the_published_weights",
 }
 
@@ -103,7 +104,7 @@ def test_every_field_of_the_specification_is_proved_refused_or_of_others() -> No
     assert set(PROOFS) == acted_upon
     assert fields >= acted_upon | OF_OTHERS
     assert not acted_upon & OF_OTHERS
-    tests = globals() | vars(test_lora_training) | vars(test_everydream)
+    tests = globals() | vars(test_lora_training) | vars(test_everydream) | vars(test_export)
     assert all(name in tests for name in PROOFS.values())
     refused = fields - acted_upon - OF_OTHERS
     assert refused == set(REFUSED_VALUES)
@@ -125,7 +126,6 @@ def test_what_only_captioned_training_does_is_refused_by_dreambooth(field: str, 
 REFUSED_VALUES: dict[str, Any] = {
     "publish_every_minutes": 1.0,
     "save_optimizer": True,
-    "export_formats": [pb.EXPORT_FORMAT_SINGLE_FILE],
     "preview_prompts": ["a dog"],
     "revision": "main",
     "resume_checkpoint_url": "https://models.example.org/a.safetensors",
