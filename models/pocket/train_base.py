@@ -12,12 +12,14 @@ run of several processes which resumes is then near the undisturbed one, not equ
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -41,6 +43,54 @@ three times as large, at the same learning rate, had the same loss after as many
 COMPILED = (256, 512)
 EMPTY_CAPTIONS = 0.1
 """Share of captions left empty, for classifier-free guidance (Ho and Salimans 2022)."""
+
+
+def double_by_copying(unet: UNet2DConditionModel) -> None:
+    """Makes the upsamplers copy each cell four times by plain tensor operations, bit for bit what they did before.
+
+    Compiled for a CPU under bfloat16 autocast, torch 2.13 gives `interpolate` of several shapes a wrong gradient, and
+    so everything below it.
+    """
+
+    def copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        batch, channels, rows, columns = inputs[0].shape
+        cells = inputs[0][:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+        doubled = cells.reshape(batch, channels, 2 * rows, 2 * columns)
+        return (doubled.contiguous(memory_format=torch.channels_last), *inputs[1:])
+
+    for module in unet.modules():
+        if isinstance(module, Upsample2D):
+            module.interpolate = False
+            module.register_forward_pre_hook(copied)
+
+
+def check_gradients(
+    expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str], tolerance: float = 0.25
+) -> None:
+    """Compares the gradients of compiled networks with those of the plain ones.
+
+    Args:
+        expected: of the plain networks.
+        found: of the compiled ones, in the same order.
+        names: of the parameters.
+        tolerance: norm of the difference over the gradient's own; bfloat16 alone makes some hundredths. Gradients
+            below a thousandth of the largest are rounding errors and pass.
+
+    Raises:
+        RuntimeError: the compiler's code computes something else.
+    """
+    norms = [float(gradient.norm()) for gradient in expected]
+    differences = [float((one - two).norm()) for one, two in zip(expected, found, strict=True)]
+    wrong = [
+        name
+        for name, norm, difference in zip(names, norms, differences, strict=True)
+        if norm > 1e-3 * max(norms) and difference > tolerance * norm
+    ]
+    if wrong:
+        raise RuntimeError(
+            f"the compiled networks have wrong gradients: {len(wrong)} of {len(norms)} parameters differ, "
+            f"{wrong[0]} among them; train with --no-compile"
+        )
 
 
 class Scenes:
@@ -124,12 +174,14 @@ class Trainer:
             self.text_encoder = CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
         self.unet.to(device, memory_format=torch.channels_last).train()
         self.text_encoder.to(device).train()
-        self._compiled: dict[tuple[str, int], Any] = {}
+        double_by_copying(self.unet)
+        self._compiled: dict[int, tuple[Any, Any]] = {}
         if device.type == "cpu":
             # Backwards, the fused attention kernel costs a third of a step on a CPU; written out, a tenth.
             self.unet.set_attn_processor(AttnProcessor())
             self.text_encoder.set_attn_implementation("eager")
-        self._parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
+        named = [*self.unet.named_parameters(), *self.text_encoder.named_parameters()]
+        self._names, self._parameters = zip(*named, strict=True)
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
@@ -182,11 +234,7 @@ class Trainer:
         ).input_ids.to(latents.device)
         for group in self._optimizer.param_groups:
             group["lr"] = rate(self._step, arguments.steps, arguments.decay_steps, arguments.learning_rate)
-        with torch.autocast(latents.device.type, torch.bfloat16):
-            embeddings = self._network("text_encoder", size)(tokens)[0]
-        loss = velocity_loss(self._network("unet", size), latents, embeddings, self._bars, generator)
-        self._optimizer.zero_grad()
-        loss.backward()
+        loss = self._gradients(self._networks(size, latents, tokens), latents, tokens, generator)
         if arguments.average_every == 1:
             average_gradients(self._parameters, processes)
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -196,16 +244,37 @@ class Trainer:
                 average_parameters(self._parameters, processes)
             self._average.update()
         self._samples += count * processes.count
-        return size, loss.detach()
+        return size, loss
 
-    def _network(self, part: str, size: int) -> Any:
-        """The UNet or the text encoder, compiled for the batch of the sizes that are trained most."""
-        module = self.unet if part == "unet" else self.text_encoder
+    def _gradients(
+        self, networks: tuple[Any, Any], latents: Tensor, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        text_encoder, unet = networks
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            embeddings = text_encoder(tokens)[0]
+        loss = velocity_loss(unet, latents, embeddings, self._bars, generator)
+        self._optimizer.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    def _trial(self, networks: tuple[Any, Any], latents: Tensor, tokens: Tensor) -> list[Tensor]:
+        self._gradients(networks, latents, tokens, torch.Generator().manual_seed(0))
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._parameters]
+
+    def _networks(self, size: int, latents: Tensor, tokens: Tensor) -> tuple[Any, Any]:
+        """Text encoder and UNet, compiled for the batch of the sizes that are trained most."""
+        plain = (self.text_encoder, self.unet)
         if not self._arguments.compile or size not in COMPILED:
-            return module
-        if (part, size) not in self._compiled:
-            self._compiled[part, size] = torch.compile(module, dynamic=False)
-        return self._compiled[part, size]
+            return plain
+        if size not in self._compiled:
+            compiled = (
+                torch.compile(self.text_encoder, dynamic=False),
+                torch.compile(self.unet, dynamic=False),
+            )
+            expected, found = (self._trial(networks, latents, tokens) for networks in (plain, compiled))
+            check_gradients(expected, found, self._names)
+            self._compiled[size] = compiled
+        return self._compiled[size]
 
     def _load(self) -> None:
         state = load_state(self._path, self._processes.device)
