@@ -72,18 +72,16 @@ RECIPES = tuple(_OWN)
 WHOLE_FORMATS = (pb.EXPORT_FORMAT_SINGLE_FILE, pb.EXPORT_FORMAT_CKPT)
 LORA_FORMATS = (pb.EXPORT_FORMAT_LORA_DIFFUSERS, pb.EXPORT_FORMAT_LORA_KOHYA)
 
-OF_OTHERS = frozenset(
-    {
-        "base_model",
-        "sample_batch_size",
-        "samples",
-        "preview_steps",
-        "min_usable_images",
-        "test_negative_prompt",
-        "model_name",
-    }
-)
-"""Fields that act before or after the recipe, or only beside one that is refused."""
+OF_OTHERS: Mapping[str, str] = {
+    "base_model": "admission puts in the deployment's default; phase `prepare` looks the model up",
+    "sample_batch_size": "phase `prepare`, for the class pictures that it has drawn",
+    "samples": "phase `finish` has them drawn by the inference service",
+    "preview_steps": "nobody: it has a meaning beside `preview_prompts` only",
+    "min_usable_images": "storage, when it imports a concept's instance pictures",
+    "test_negative_prompt": "phase `finish`, for the picture that proves the model",
+    "model_name": "the worker registers the model under it",
+}
+"""Fields that act before or after the recipe, or only beside one that is refused; and who acts on them."""
 
 _WITHOUT_EFFECT: Mapping[int, frozenset[str]] = {
     pb.RECIPE_DREAMBOOTH: frozenset({"rated_dataset_final_percent"}),
@@ -109,7 +107,7 @@ def check_supported(spec: pb.TrainingSpec) -> None:
     recipe = spec.recipe or pb.RECIPE_DREAMBOOTH
     if recipe not in RECIPES:
         raise InvalidSpec(f"must be {' or '.join(_NAMES.values())}", "recipe")
-    acceptable = honoured(recipe) | OF_OTHERS | _WITHOUT_EFFECT[recipe]
+    acceptable = honoured(recipe) | OF_OTHERS.keys() | _WITHOUT_EFFECT[recipe]
     faults = [
         Violation(field.name, f"is not supported by the {_NAMES[recipe]} recipe")
         for field, value in spec.ListFields()

@@ -1,20 +1,14 @@
 """The rules that the protos follow, read from their descriptors: names, shapes, numbers and comments."""
 
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import grpc_tools
 import pytest
 from google.protobuf import descriptor_pb2
-from grpc_tools import protoc
 
-ROOT = Path(__file__).parents[2] / "protos"
-WELL_KNOWN = Path(grpc_tools.__file__).parent / "_proto"
-FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.proto"))
+from tests.protos import FILES, comments, compiled, files_by_name
 
 MESSAGE_NAME = re.compile(r"([A-Z][a-z0-9]*)+")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -32,27 +26,6 @@ class Item:
     path: tuple[int, ...]
     name: str
     descriptor: object
-
-
-def compiled(root: Path, files: list[str]) -> descriptor_pb2.FileDescriptorSet:
-    """Compiles protos to descriptors with source info."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "set.binpb"
-        arguments = [
-            "protoc",
-            f"-I{root}",
-            f"-I{WELL_KNOWN}",
-            "--include_source_info",
-            f"--descriptor_set_out={out}",
-            *files,
-        ]
-        assert protoc.main(arguments) == 0, "the protos do not compile"
-        return descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes())
-
-
-@cache
-def files_by_name() -> dict[str, descriptor_pb2.FileDescriptorProto]:
-    return {file.name: file for file in compiled(ROOT, FILES).file}
 
 
 def messages(file: descriptor_pb2.FileDescriptorProto) -> Iterator[Item]:
@@ -157,12 +130,10 @@ def _enum_faults(file: descriptor_pb2.FileDescriptorProto) -> Iterator[str]:
 
 
 def _comment_faults(file: descriptor_pb2.FileDescriptorProto) -> Iterator[str]:
-    commented = {
-        tuple(location.path): location.leading_comments.strip() for location in file.source_code_info.location
-    }
+    commented = comments(file)
     items = [messages(file), enums(file), fields(file), values(file), services(file), methods(file)]
     for item in (item for kind in items for item in kind):
-        if not commented.get(item.path):
+        if item.path not in commented:
             yield f"{item.name}: has no leading comment"
 
 
