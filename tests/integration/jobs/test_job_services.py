@@ -183,11 +183,11 @@ async def test_a_training_without_data_is_refused_with_its_faults(training: Any)
 
 
 async def test_a_training_that_no_recipe_can_do_is_refused_before_it_is_a_job(training: Any) -> None:
-    wishes = {"resume_checkpoint_url": "https://example.com/a.safetensors", "flip_probability": 0.5}
+    wishes = {"sandbox": True, "crop_jitter": 0.02}
     asked = train("a", samples=[GenerationSpec(prompt="a robot", panorama=True)], **wishes)
     with pytest.raises(InvalidSpec) as refusal:
         await training.CreateTrainingJob(asked)
     fields = {violation.field for violation in refusal.value.violations}
-    assert fields == {"resume_checkpoint_url", "flip_probability", "samples[0].panorama"}
+    assert fields == {"sandbox", "crop_jitter", "samples[0].panorama"}
     with pytest.raises(NotFound):
         await training.GetTrainingJob(trainings.GetTrainingJobRequest(project_id="p", job_id="a"))

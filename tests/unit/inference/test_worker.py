@@ -255,8 +255,8 @@ async def test_unknown_model_fails_the_job(bench: Bench) -> None:
 
 
 async def test_model_of_another_format_fails_the_job(bench: Bench) -> None:
-    bench.storage.keep_model("lora", {"lora.safetensors": b"l"}, format=ModelFormat.MODEL_FORMAT_LORA)
-    assert (await bench.end_of(bench.give("x", model="lora")))[1][0] == "BAD_INPUT"
+    bench.storage.keep_model("token", {"token.safetensors": b"t"}, format=ModelFormat.MODEL_FORMAT_EMBEDDING)
+    assert (await bench.end_of(bench.give("x", model="token")))[1][0] == "BAD_INPUT"
 
 
 async def test_storage_outage_gives_the_job_back_and_counts_no_attempt(bench: Bench) -> None:
