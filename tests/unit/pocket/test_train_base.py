@@ -18,6 +18,8 @@ from models.pocket.train_base import (
     Trainer,
     arguments_of,
     averaged,
+    check_gradients,
+    double_by_copying,
     rate,
     velocity_loss,
 )
@@ -103,6 +105,32 @@ def test_the_loss_of_no_prediction_is_the_velocitys_variance() -> None:
     generator = torch.Generator().manual_seed(1)
     loss = velocity_loss(Silent(), latents, torch.zeros(256, 1, 1), base.alpha_bars(), generator)
     assert float(loss) == pytest.approx(1.0, rel=0.03)
+
+
+def test_doubling_by_copying_changes_nothing_that_the_unet_computes() -> None:
+    torch.manual_seed(0)
+    plain, copying = base.build_unet(), base.build_unet()
+    copying.load_state_dict(plain.state_dict())
+    double_by_copying(copying)
+    latents, embeddings = torch.randn(2, 12, 12, 12), torch.randn(2, 4, base.WIDTH)
+    outputs = [unet(latents, torch.tensor([1, 999]), embeddings).sample for unet in (plain, copying)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().mean().backward()
+    for (name, one), two in zip(plain.named_parameters(), copying.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None
+        torch.testing.assert_close(one.grad, two.grad, msg=name)
+
+
+def test_compiled_networks_with_wrong_gradients_are_refused_by_a_parameters_name() -> None:
+    right = [torch.ones(4), torch.ones(8), torch.full((2,), 1e-6)]
+    names = ["to_v.weight", "conv.weight", "bias"]
+    rounded = [right[0] * 1.01, right[1], -right[2]]
+    check_gradients(right, rounded, names)
+    with pytest.raises(
+        RuntimeError, match=r"1 of 3 parameters differ, to_v\.weight among them.*--no-compile"
+    ):
+        check_gradients(right, [torch.zeros(4), *right[1:]], names)
 
 
 def test_scenes_that_appear_while_training_are_found(tmp_path: Path) -> None:
