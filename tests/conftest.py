@@ -1,8 +1,12 @@
 """Fixtures that several packages share. Nothing here loads torch before a test asks for a model."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Models here are so small that a second math thread waits more than it computes, most of all beside other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
