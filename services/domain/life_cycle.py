@@ -211,6 +211,19 @@ def report_checkpoint(record: JobRecord, epoch: int, checkpoint: Checkpoint) -> 
     )
 
 
+def report_previews(record: JobRecord, epoch: int, names: str) -> JobRecord:
+    """The owner stored pictures of the training that goes on."""
+    check_epoch(record, epoch)
+    _require(record, record.phase is Phase.TRAIN, "have previews")
+    return replace(
+        record,
+        why=clipped(names, MAX_WHY_BYTES),
+        event=True,
+        beaten=True,
+        reported=record.reported + 1,
+    )
+
+
 def report_trained(record: JobRecord, epoch: int, trained: Mapping[str, Any]) -> JobRecord:
     """The trainer is done and its model registered; the api leads from here."""
     check_epoch(record, epoch)

@@ -10,7 +10,7 @@ from typing import Final
 from google.protobuf.json_format import MessageToDict
 from likeness.job.v1.job_pb2 import JobStage, Progress
 
-from services.domain.job import JobRecord, Stage, whole_fraction
+from services.domain.job import JobRecord, JobRef, Stage, whole_fraction
 from services.domain.ports import Clock, ProgressEntry, ProgressLog
 
 STEP: Final = 0.0025
@@ -66,6 +66,17 @@ class ProgressBoard:
         message.report_time.FromMilliseconds(self._clock.now_ms())
         job.pending = message
         await self._send_if_due(record.project, record.id, job)
+
+    async def show(self, ref: JobRef, image_key: str, message: str) -> None:
+        """Publishes that a picture became ready.
+
+        Args:
+            ref: the job it belongs to.
+            image_key: artifact key of the picture.
+            message: its name.
+        """
+        body = {"image_key": image_key, "message": message}
+        await self._log.publish_progress(ref.project, ref.id, body)
 
     async def flush(self) -> None:
         """Publishes what was held back and is due by now."""

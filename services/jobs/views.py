@@ -137,6 +137,7 @@ def progress_event_of(record: JobRecord, entry: ProgressEntry, now_ms: int) -> J
     )
     if "image_key" in entry.body:
         event.image_key = str(entry.body["image_key"])
+        event.message = str(entry.body.get("message", ""))
         return event
     event.progress.CopyFrom(parsed(entry.body, Progress()))
     if event.progress.HasField("report_time"):

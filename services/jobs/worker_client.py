@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 from google.protobuf.duration_pb2 import Duration
 from likeness.inference.v1.generation_job_pb2 import GenerationResult
 from likeness.job.v1.job_pb2 import JobError, Progress
-from likeness.training.v1.training_job_pb2 import CheckpointRef, TrainingResult
+from likeness.training.v1.training_job_pb2 import CheckpointRef, PreviewImage, TrainingResult
 from likeness.worker.v1 import worker_service_pb2 as pb
 from likeness.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -141,6 +141,10 @@ class JobHandle:
         """Reports a stored checkpoint: another attempt goes on from there."""
         reference = CheckpointRef(manifest_key=manifest_key, step=step)
         await self._report(checkpoint=pb.CheckpointReport(checkpoint=reference))
+
+    async def previews(self, previews: Sequence[PreviewImage]) -> None:
+        """Reports stored pictures of the training that goes on, 1..64."""
+        await self._report(previews=pb.PreviewsReport(previews=previews))
 
     async def trained(self, result: TrainingResult) -> None:
         """Reports a training done and its model registered. The last report."""

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_RESULT_BYTES: Final = 8 * 1024
 """Longest result of a drawing, as JSON, that a record carries itself."""
 MAX_MESSAGE_CHARS: Final = 500
+MAX_PREVIEWS_AT_ONCE: Final = 64
 
 _WORKERS_STAGES: Final = {
     JobKind.TRAIN: {Stage.TRAINING, Stage.EXPORTING, Stage.UPLOADING},
@@ -123,6 +124,8 @@ class WorkerServicer(WorkerServiceServicer):
         ref = JobRef(self._dispatcher.kind, request.project_id, request.job_id)
         move = await self._move(request)
         await self._dispatcher.report(ref, request.epoch, request.number, request.worker_id, move)
+        for preview in request.previews.previews:
+            await self._dispatcher.board.show(ref, preview.image.key, preview.name)
         return pb.ReportResponse()
 
     async def _move(self, request: pb.ReportRequest) -> Move:
@@ -138,6 +141,7 @@ class WorkerServicer(WorkerServiceServicer):
         moves: dict[str, Callable[[pb.ReportRequest], Move]] = {
             "stage": self._stage,
             "checkpoint": self._checkpoint,
+            "previews": self._previews,
             "trained": self._trained,
             "failed": self._failed,
             "yielded": self._yielded,
@@ -157,6 +161,16 @@ class WorkerServicer(WorkerServiceServicer):
             raise InvalidSpec("must name the checkpoint's manifest", "checkpoint.manifest_key")
         checkpoint = Checkpoint(given.manifest_key, given.step)
         return lambda record: life.report_checkpoint(record, request.epoch, checkpoint)
+
+    def _previews(self, request: pb.ReportRequest) -> Move:
+        previews = request.previews.previews
+        if not 1 <= len(previews) <= MAX_PREVIEWS_AT_ONCE or not all(
+            p.image.key and p.name for p in previews
+        ):
+            rule = f"must be 1 to {MAX_PREVIEWS_AT_ONCE} pictures, each with its key and name"
+            raise InvalidSpec(rule, "previews.previews")
+        names = "drawn while training: " + ", ".join(preview.name for preview in previews)
+        return lambda record: life.report_previews(record, request.epoch, names)
 
     def _trained(self, request: pb.ReportRequest) -> Move:
         result = request.trained.result

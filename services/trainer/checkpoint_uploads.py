@@ -5,11 +5,13 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from services.adapters.storage_client import StorageClient
 from services.domain.artifacts import media_type_of
 from services.domain.errors import LikenessError, StaleEpoch
 from services.jobs.worker_client import JobHandle
+from services.trainer.preview_uploads import DOCUMENT, PreviewUploads, as_document
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +23,16 @@ class CheckpointUploads:
         storage: where they go.
         handle: the job; each stored checkpoint is reported to it.
         folder: holds on to the files of a checkpoint until it is stored, since the child keeps only the newest two.
+        previews: what was drawn so far is listed with each checkpoint; None: nothing is drawn.
     """
 
-    def __init__(self, storage: StorageClient, handle: JobHandle, folder: Path) -> None:
+    def __init__(
+        self, storage: StorageClient, handle: JobHandle, folder: Path, previews: PreviewUploads | None = None
+    ) -> None:
         self._storage = storage
         self._handle = handle
         self._folder = folder
+        self._previews = previews
         self._waiting: tuple[Path, int] | None = None
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
@@ -75,7 +81,15 @@ class CheckpointUploads:
         for path in await asyncio.to_thread(_files_of, held):
             blob = await self._storage.upload_file(project, path, media_type_of(path.name))
             files.append({"name": path.name, "key": blob.key, "size_bytes": blob.size_bytes})
-        document = {"job": self._handle.job_id, "step": step, "folder": held.name, "files": files}
+        document: dict[str, Any] = {
+            "job": self._handle.job_id,
+            "step": step,
+            "folder": held.name,
+            "files": files,
+        }
+        if self._previews is not None:
+            await self._previews.drain()
+            document[DOCUMENT] = as_document(self._previews.stored)
         manifest = await self._storage.upload_document(project, document)
         await self._handle.checkpoint(manifest.key, step)
         logger.info("checkpoint stored", extra={"step": step})

@@ -1,7 +1,7 @@
 """The process that holds the device during a training: one command in, progress out, weights as files.
 
 Commands (JSON objects with a `command`): `train` once, then `checkpoint`, `yield` and `stop` at any time. Events (with
-an `event`): `ready`, `stage`, `progress`, `checkpoint`, and one last `ended` or `failed`; then the process
+an `event`): `ready`, `stage`, `progress`, `checkpoint`, `preview`, and one last `ended` or `failed`; then the process
 ends. It uses no network and holds no secrets; when the device's context breaks it dies, and the parent says so.
 """
 
@@ -37,7 +37,7 @@ from services.trainer.checkpoint import CheckpointDamaged, CheckpointMismatch
 from services.trainer.data import Concept, Picture
 from services.trainer.needs import out_of_memory
 from services.trainer.recipes import dreambooth, everydream
-from services.trainer.run import Observer, Outcome, Progress, Request, Run, Stage
+from services.trainer.run import Observer, Outcome, Preview, Progress, Request, Run, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,20 @@ class LinkObserver:
     def checkpoint_saved(self, folder: Path, step: int) -> None:
         """Tells where a whole checkpoint is."""
         self._emit({"event": "checkpoint", "folder": str(folder), "step": step})
+
+    def preview_drawn(self, preview: Preview) -> None:
+        """Tells where a picture of the model that trains is."""
+        self._emit(
+            {
+                "event": "preview",
+                "file": str(preview.file),
+                "name": preview.name,
+                "step": preview.step,
+                "prompt_index": preview.prompt_index,
+                "seed": preview.seed,
+                "side_px": preview.side_px,
+            }
+        )
 
     def request(self) -> Request:
         """Returns the parent's newest wish."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from likeness.training.v1 import training_job_pb2 as pb
 from safetensors import safe_open
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from services.domain.training_spec import LOW_RANK
 from services.trainer import adapters, whole_files
 from services.trainer.run import Run
 from services.trainer.shared_files import shared_paths
-from services.trainer.trained_model import TrainedModel, parts_of
+from services.trainer.trained_model import TrainedModel, parts_of, published_form
 from services.trainer.updates import all_finite
 
 logger = logging.getLogger(__name__)
@@ -97,17 +96,6 @@ def export(run: Run, model: TrainedModel, prompt: str) -> Exported:
     if difference is None:
         warnings.append("the model draws nothing that is finite")
     return Exported(tuple(files), other_formats, tuple(warnings), difference)
-
-
-def published_form(components: Components, spec: pb.TrainingSpec) -> Components:
-    """Returns the model as it is to be drawn with.
-
-    One that was trained down to no signal at all must begin at the timestep that has none (Lin et al. 2024, 3.3).
-    """
-    if not spec.zero_terminal_snr:
-        return components
-    changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return components.with_modules(scheduler_config={**components.scheduler_config, **changed})
 
 
 def _precision(run: Run, model: TrainedModel) -> tuple[torch.dtype, list[str]]:

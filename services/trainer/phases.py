@@ -53,6 +53,7 @@ from services.trainer.drawings import (
     runs_of,
     sample_drawing,
 )
+from services.trainer.preview_uploads import from_document
 
 logger = logging.getLogger(__name__)
 
@@ -315,6 +316,9 @@ class TrainingLeader:
             why = f"drawing {sum(max(1, sample.num_images) for sample in spec.samples)} sample pictures"
             revision = await self._write(revision, life.enter_stage(record, Stage.SAMPLING, why))
         await self._add_samples(revision, spec, result)
+        if result.previews_key:
+            previews = await self._siblings.storage.read_document(result.previews_key)
+            result.previews.extend(from_document(previews))
         document = await self._siblings.storage.upload_document(record.project, _to_json(result))
         done = life.finish(revision.record, None, document.key, self._log.now_ms())
         await self._write(revision, done)

@@ -49,6 +49,11 @@ class Run:
         return self.workdir / "checkpoints"
 
     @property
+    def preview_folder(self) -> Path:
+        """Where previews are written."""
+        return self.workdir / "previews"
+
+    @property
     def export_folder(self) -> Path:
         """Where the trained components are written, in the layout of a diffusers folder."""
         return self.workdir / "export"
@@ -94,6 +99,35 @@ class Progress:
     images_per_second: float
 
 
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A picture of the model that trains.
+
+    Attributes:
+        folder: where its file is.
+        step: updates that the model had behind it.
+        prompt_index: which of the specification's `preview_prompts` it shows, from 0.
+        seed: that it was drawn with.
+        side_px: width and height.
+    """
+
+    folder: Path
+    step: int
+    prompt_index: int
+    seed: int
+    side_px: int
+
+    @property
+    def name(self) -> str:
+        """Name of the file; sorts by updates, then by prompts."""
+        return f"preview-{self.step:06d}-{self.prompt_index + 1}.png"
+
+    @property
+    def file(self) -> Path:
+        """The picture."""
+        return self.folder / self.name
+
+
 class Observer(Protocol):
     """Whom a recipe tells how it gets on; nothing it does changes a weight."""
 
@@ -105,6 +139,9 @@ class Observer(Protocol):
 
     def checkpoint_saved(self, folder: Path, step: int) -> None:
         """A recovery checkpoint is whole on the disk."""
+
+    def preview_drawn(self, preview: Preview) -> None:
+        """A picture of the model that trains is whole on the disk; whoever is told may take its file away."""
 
     def request(self) -> Request:
         """Returns what is wanted; asked once between two updates."""

@@ -59,6 +59,8 @@ _COMMON = frozenset(
         "lora",
         "save_full_precision",
         "export_formats",
+        "preview_prompts",
+        "preview_steps",
     }
 )
 _OWN: Mapping[int, frozenset[str]] = {
@@ -76,7 +78,6 @@ OF_OTHERS: Mapping[str, str] = {
     "base_model": "admission puts in the deployment's default; phase `prepare` looks the model up",
     "sample_batch_size": "phase `prepare`, for the class pictures that it has drawn",
     "samples": "phase `finish` has them drawn by the inference service",
-    "preview_steps": "nobody: it has a meaning beside `preview_prompts` only",
     "min_usable_images": "storage, when it imports a concept's instance pictures",
     "test_negative_prompt": "phase `finish`, for the picture that proves the model",
     "model_name": "the worker registers the model under it",
@@ -90,7 +91,13 @@ _WITHOUT_EFFECT: Mapping[int, frozenset[str]] = {
 """Fields that have a default and act only beside one that the recipe refuses."""
 
 _MAY_STAY_UNSET = frozenset({"seed", "text_encoder_learning_rate", "lr_warmup_steps"})
-_AT_LEAST_ONE = ("resolution", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
+_AT_LEAST_ONE = (
+    "resolution",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_num_cycles",
+    "preview_steps",
+)
 
 
 def honoured(recipe: int) -> frozenset[str]:

@@ -95,6 +95,17 @@ def parts_of(spec: pb.TrainingSpec) -> tuple[Part, ...]:
     return tuple(part for part in PARTS if wanted[part])
 
 
+def published_form(components: Components, spec: pb.TrainingSpec) -> Components:
+    """Returns the model as it is to be drawn with.
+
+    One that was trained down to no signal at all must begin at the timestep that has none (Lin et al. 2024, 3.3).
+    """
+    if not spec.zero_terminal_snr:
+        return components
+    changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return components.with_modules(scheduler_config={**components.scheduler_config, **changed})
+
+
 def lora_shape(spec: pb.TrainingSpec) -> LoraShape:
     """Returns the size of the adapters; without LOCON the 3x3 convolutions get none."""
     lora, conv = spec.lora, spec.method == pb.TRAINING_METHOD_LOCON

@@ -37,6 +37,7 @@ from services.trainer.optim import (
     clip_separately,
     set_learning_rates,
 )
+from services.trainer.previews import Previews
 from services.trainer.randomness import Purpose, library_seed
 from services.trainer.report import versions_of
 from services.trainer.run import Ending, Observer, Progress, Request, Run
@@ -45,7 +46,16 @@ from services.trainer.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER_ON_RESUME = frozenset({"exportFormats", "maxTrainSteps", "numTrainEpochs", "saveFullPrecision"})
+MAY_DIFFER_ON_RESUME = frozenset(
+    {
+        "exportFormats",
+        "maxTrainSteps",
+        "numTrainEpochs",
+        "previewPrompts",
+        "previewSteps",
+        "saveFullPrecision",
+    }
+)
 
 BatchesOf = Callable[[int], list[Batch]]
 """The forward passes of one update, counted from 0."""
@@ -107,6 +117,7 @@ class UpdateLoop:
         )
         self._scaler = torch.amp.GradScaler(run.device.type, enabled=execution.compute_dtype is torch.float16)
         self.average = MovingAverage(self._parameters, spec.ema_decay)
+        self._previews = Previews(run, model, self.average, total)
         self._watch = model.watch()
         self.checkpoint: Path | None = None
 
@@ -187,7 +198,7 @@ class UpdateLoop:
         pace = Pace(self._run.checkpoint_interval_s)
         rates, frozen = self._rates(), set[str]()
         saved_step = self.counters.update
-        while self.counters.update < self.total:
+        while self.counters.update < self.total or self._previews.due(self.counters.update):
             wanted = observer.request()
             if wanted is Request.STOP:
                 return Ending.STOPPED
@@ -202,6 +213,11 @@ class UpdateLoop:
                     saved_step = self.counters.update
             if (folder := writer.collect()) is not None:
                 observer.checkpoint_saved(folder, checkpoints.step_of(folder))
+
+            if self._previews.due(self.counters.update):
+                with self._times.of("previews"):
+                    self._previews.draw_next(self.counters.update, observer)
+                continue
 
             self._freeze_what_is_over(frozen)
             update = self.counters.update
@@ -333,7 +349,8 @@ class UpdateLoop:
 
     def remarks(self) -> list[str]:
         """Returns what was remarkable about losses and weights."""
-        return remarks(self.counters.spikes, self.counters.largest_change, self._watch.drift())
+        numbers = remarks(self.counters.spikes, self.counters.largest_change, self._watch.drift())
+        return numbers + self._previews.remarks
 
     def report(self) -> dict[str, Any]:
         """Returns what the loop has counted and measured, as JSON values for the report of the run."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ from services.trainer.delivery import (
     training_result,
 )
 from services.trainer.device_process import Event, TrainingProcess
+from services.trainer.preview_uploads import DOCUMENT, PreviewUploads, as_document, previews_of_checkpoint
 from services.trainer.work_folder import work_folder
 
 logger = logging.getLogger(__name__)
@@ -201,8 +202,9 @@ class TrainingWorker:
         try:
             with work_folder(self._work_root) as folder:
                 command = await self._command(handle, model, folder)
-                ended = await self._train(handle, command, folder)
-                return await self._deliver(handle, model, ended)
+                previews = PreviewUploads(self._storage, handle, await self._known_previews(handle))
+                ended = await self._train(handle, command, folder, previews)
+                return await self._deliver(handle, model, ended, previews.stored)
         finally:
             await self._cache.release(model.folder)
 
@@ -273,22 +275,33 @@ class TrainingWorker:
         logger.info("training resumes from a checkpoint", extra={"step": reference.step})
         return str(folder)
 
+    async def _known_previews(self, handle: JobHandle) -> list[pb.PreviewImage]:
+        """What earlier attempts have drawn."""
+        reference = handle.checkpoint_ref
+        if reference is None:
+            return []
+        return await previews_of_checkpoint(self._storage, reference.manifest_key)
+
     # -- the training ----------------------------------------------------------------------------------------
 
-    async def _train(self, handle: JobHandle, command: Mapping[str, Any], folder: Path) -> Event:
-        """Follows the child to its last event, storing checkpoints beside it.
+    async def _train(
+        self, handle: JobHandle, command: Mapping[str, Any], folder: Path, previews: PreviewUploads
+    ) -> Event:
+        """Follows the child to its last event, storing checkpoints and previews beside it.
 
         Raises:
             TrainingYielded: the worker leaves; the checkpoint is stored.
             TrainingFailed: the child gave up.
             ChildDied: it ended, or hung.
         """
-        uploads, begun = CheckpointUploads(self._storage, handle, folder / "upload"), asyncio.Event()
-        async with running(uploads.run()), running(self._ask_to_yield(begun)):
+        uploads = CheckpointUploads(self._storage, handle, folder / "upload", previews=previews)
+        begun = asyncio.Event()
+        async with running(uploads.run()), running(previews.run()), running(self._ask_to_yield(begun)):
             async with contextlib.aclosing(self._process.train(command)) as events:
                 async for last in events:
                     begun.set()
-                    await self._heed(handle, last, uploads)
+                    await self._heed(handle, last, uploads, previews)
+            await previews.drain()
             await uploads.drain()
         if last["event"] == "failed":
             failure = JobFailure(last["reason"], last["message"], last["field"])
@@ -297,12 +310,16 @@ class TrainingWorker:
             raise TrainingYielded
         return last
 
-    async def _heed(self, handle: JobHandle, event: Event, uploads: CheckpointUploads) -> None:
+    async def _heed(
+        self, handle: JobHandle, event: Event, uploads: CheckpointUploads, previews: PreviewUploads
+    ) -> None:
         kind = event["event"]
         if kind == "progress":
             handle.progress(progress_of(event))
         elif kind == "checkpoint":
             await uploads.add(Path(event["folder"]), int(event["step"]))
+        elif kind == "preview":
+            previews.add(event)
         elif kind == "stage" and event["stage"] == "training":
             await handle.stage(Stage.TRAINING, f"training has begun: {event['detail']}")
         elif kind == "stage" and event["stage"] == "exporting":
@@ -315,7 +332,9 @@ class TrainingWorker:
 
     # -- up --------------------------------------------------------------------------------------------------
 
-    async def _deliver(self, handle: JobHandle, model: FetchedModel, ended: Event) -> pb.TrainingResult:
+    async def _deliver(
+        self, handle: JobHandle, model: FetchedModel, ended: Event, previews: Sequence[pb.PreviewImage]
+    ) -> pb.TrainingResult:
         """Stores and registers what was trained.
 
         Raises:
@@ -345,9 +364,13 @@ class TrainingWorker:
                 f"the training diverged: loss or gradients were not finite; the weights after {ended['step']} "
                 "updates, the last good ones, are kept under the job's id"
             )
-        return training_result(
+        result = training_result(
             handle.job_id, key, spec, prepared, ended, self._process.device, self._process.memory_bytes
         )
+        if previews:
+            document = {DOCUMENT: as_document(previews)}
+            result.previews_key = (await self._storage.upload_document(handle.project_id, document)).key
+        return result
 
     async def _register(self, handle: JobHandle, manifest: Any, name: str) -> str:
         """Registers the model under the job's id; what an earlier attempt or run left under it gives way.

@@ -194,6 +194,9 @@ class _Silent:
     def checkpoint_saved(self, folder: Path, step: int) -> None:
         """Ignored."""
 
+    def preview_drawn(self, preview: Any) -> None:
+        """Ignored."""
+
     def request(self) -> Any:
         """Returns that training goes on."""
         from services.trainer.run import Request

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from likeness.inference.v1.generation_job_pb2 import GeneratedImage, GenerationResult
 from likeness.job.v1.job_pb2 import Progress
-from likeness.training.v1.training_job_pb2 import TrainingResult
+from likeness.training.v1.training_job_pb2 import PreviewImage, TrainingResult
 from likeness.worker.v1 import worker_service_pb2 as pb
 from likeness.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -81,6 +81,29 @@ async def test_a_training_goes_through_its_whole_phase(platform: MemoryPlatform)
     assert entry is not None
     assert entry.body["fraction"] == pytest.approx(0.15 + 0.70 / 2)
     assert entry.body["loss"] == 0.25
+
+
+async def test_previews_are_news_with_their_names_and_pictures(platform: MemoryPlatform) -> None:
+    record = await put_training(platform)
+    pictures = [
+        PreviewImage(step=250, name=f"preview-000250-{n}.png", image=GeneratedImage(key=f"k{n}"))
+        for n in (1, 2)
+    ]
+    async with serving(platform, JobKind.TRAIN) as api, worker(api) as client:
+        [job] = await client.take(1)
+        await job.stage(Stage.TRAINING, "training")
+        await job.previews(pictures)
+        for refused in ([], [PreviewImage(name="nameless.png")], pictures * 40):
+            with pytest.raises(InvalidSpec, match="must be 1 to 64 pictures, each with its key and name"):
+                await job.previews(refused)
+    told = await newest(platform, record)
+    assert (told.stage, told.event, told.reported) == (Stage.TRAINING, True, 2)
+    assert told.why == "drawn while training: preview-000250-1.png, preview-000250-2.png"
+    entries = [entry.body for entry in await platform.progress.progress_after("p", "t", 0)]
+    assert [(body["image_key"], body["message"]) for body in entries if "image_key" in body] == [
+        ("k1", "preview-000250-1.png"),
+        ("k2", "preview-000250-2.png"),
+    ]
 
 
 async def test_the_record_names_the_memory_of_the_device_that_has_the_job(platform: MemoryPlatform) -> None:

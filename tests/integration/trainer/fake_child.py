@@ -40,6 +40,12 @@ def save_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     return {"event": "checkpoint", "folder": str(checkpoint), "step": step}
 
 
+def preview(folder: Path) -> dict[str, Any]:
+    name = "preview-000003-1.png"
+    place = {"step": 3, "prompt_index": 0, "seed": 7, "side_px": 16}
+    return {"event": "preview", "file": str(folder / name), "name": name, **place}
+
+
 def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
     folder = Path(command["workdir"])
     if scenario == "is deaf":
@@ -52,6 +58,8 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
     link.emit({"event": "stage", "stage": "training", "detail": "fp32"})
     if scenario == "hangs":
         time.sleep(600)
+    if scenario == "tells of a preview that is not there":
+        link.emit(preview(folder))
     if scenario == "saves and ends":
         link.emit(save_checkpoint(folder, 3))
     if scenario == "dies":

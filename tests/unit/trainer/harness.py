@@ -1,7 +1,7 @@
 """A tiny model, a few generated pictures and a recorder: what all tests of the trainer run on."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from likeness.storage.v1.artifact_pb2 import DatasetReport
 from likeness.training.v1 import training_job_pb2 as pb
 from PIL import Image
 from safetensors.torch import load_file
 
+from services.trainer.buckets import Size
+from services.trainer.captions import CaptionedData, CaptionedPicture
 from services.trainer.child import RECIPES
 from services.trainer.data import Concept, Picture
 from services.trainer.report import REPORT
-from services.trainer.run import Outcome, Progress, Request, Run, Stage
+from services.trainer.run import Outcome, Preview, Progress, Request, Run, Stage
 
 RESOLUTION = 16
 Tensors = dict[str, torch.Tensor]
@@ -96,6 +99,46 @@ def make_concept(
     )
 
 
+def captioned_spec(**changes: Any) -> pb.TrainingSpec:
+    """As the recipe's defaults resolve, at the sizes of a test: one bucket of 64 px."""
+    values: dict[str, Any] = {
+        "recipe": pb.RECIPE_EVERYDREAM,
+        "resolution": 64,
+        "num_train_epochs": 2,
+        "max_train_steps": 0,
+        "train_batch_size": 2,
+        "max_grad_norm": 0.0,
+        "with_prior_preservation": False,
+        "aspect_ratio_bucketing": True,
+        "clip_models_separately": True,
+        "rated_dataset_final_percent": 50.0,
+    }
+    spec = complete_spec(**(values | changes))
+    if "lr_warmup_steps" not in changes:
+        spec.ClearField("lr_warmup_steps")
+    return spec
+
+
+def pictures_of(
+    folder: Path, count: int = 3, sizes: Sequence[Size] = (Size(64, 64),), **said: Any
+) -> CaptionedData:
+    """Pictures of some sizes, each with a caption of tags; `said` are fields of all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for number in range(count):
+        size, name = sizes[number % len(sizes)], f"{number}.png"
+        rows, columns = np.mgrid[0 : size.height_px, 0 : size.width_px]
+        pixels = np.stack([columns % 256, rows % 256, np.full_like(rows, 40 * number % 256)], axis=-1)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+        text = said.get("text", f"picture {number}, red, blue, green")
+        pictures.append(
+            CaptionedPicture(
+                f"0/instance/{name}", folder / name, text, 0, 7, name, size, **(said | {"text": text})
+            )
+        )
+    return CaptionedData(tuple(pictures), DatasetReport(read=count))
+
+
 @dataclass
 class Recorder:
     """Writes down what a recipe tells; asks for something after a given number of updates."""
@@ -105,6 +148,7 @@ class Recorder:
     details: list[str] = field(default_factory=list)
     updates: list[Progress] = field(default_factory=list)
     saved: list[tuple[Path, int]] = field(default_factory=list)
+    previews: list[Preview] = field(default_factory=list)
 
     def stage(self, stage: Stage, detail: str = "") -> None:
         self.stages.append(stage)
@@ -115,6 +159,9 @@ class Recorder:
 
     def checkpoint_saved(self, folder: Path, step: int) -> None:
         self.saved.append((folder, step))
+
+    def preview_drawn(self, preview: Preview) -> None:
+        self.previews.append(preview)
 
     def request(self) -> Request:
         return self.ask.pop(len(self.updates), Request.NOTHING)

@@ -1,70 +1,35 @@
 """Captioned training as a whole: sizes, captions, rates and ratings reach the weights, and a restart changes none."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from likeness.storage.v1.artifact_pb2 import DatasetReport
 from likeness.training.v1 import training_job_pb2 as pb
-from PIL import Image
 
 from services.domain.errors import BadInput, InvalidSpec
 from services.domain.job import JobKind, JobRef, Limits
 from services.domain.life_cycle import admit_training
 from services.trainer import updates
 from services.trainer.buckets import Size
-from services.trainer.captions import CaptionedData, CaptionedPicture, Tag
+from services.trainer.captions import CaptionedData, Tag
 from services.trainer.checkpoint import CheckpointMismatch
 from services.trainer.conditioning import TextConditioner
 from services.trainer.drawings import PLAIN_PROMPT, proof_drawing
 from services.trainer.recipes import everydream
 from services.trainer.run import Request
-from tests.unit.trainer.harness import Bench, Recorder, Trained, complete_spec, is_training, same_bits, spying
+from tests.unit.trainer.harness import (
+    Bench,
+    Recorder,
+    Trained,
+    captioned_spec,
+    is_training,
+    pictures_of,
+    same_bits,
+    spying,
+)
 
 CALM: dict[str, Any] = {"learning_rate": 1e-6}
-
-
-def captioned_spec(**changes: Any) -> pb.TrainingSpec:
-    """As the recipe's defaults resolve, at the sizes of a test: one bucket of 64 px."""
-    values: dict[str, Any] = {
-        "recipe": pb.RECIPE_EVERYDREAM,
-        "resolution": 64,
-        "num_train_epochs": 2,
-        "max_train_steps": 0,
-        "train_batch_size": 2,
-        "max_grad_norm": 0.0,
-        "with_prior_preservation": False,
-        "aspect_ratio_bucketing": True,
-        "clip_models_separately": True,
-        "rated_dataset_final_percent": 50.0,
-    }
-    spec = complete_spec(**(values | changes))
-    if "lr_warmup_steps" not in changes:
-        spec.ClearField("lr_warmup_steps")
-    return spec
-
-
-def pictures_of(
-    folder: Path, count: int = 3, sizes: Sequence[Size] = (Size(64, 64),), **said: Any
-) -> CaptionedData:
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for number in range(count):
-        size, name = sizes[number % len(sizes)], f"{number}.png"
-        rows, columns = np.mgrid[0 : size.height_px, 0 : size.width_px]
-        pixels = np.stack([columns % 256, rows % 256, np.full_like(rows, 40 * number % 256)], axis=-1)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
-        text = said.get("text", f"picture {number}, red, blue, green")
-        pictures.append(
-            CaptionedPicture(
-                f"0/instance/{name}", folder / name, text, 0, 7, name, size, **(said | {"text": text})
-            )
-        )
-    return CaptionedData(tuple(pictures), DatasetReport(read=count))
 
 
 def trained_on(

@@ -29,6 +29,7 @@ from services.jobs.views import latest_progress
 from services.trainer.drawing_jobs import DRAWING_TRIES
 from services.trainer.drawings import ClassImages, child_id, runs_of
 from services.trainer.phases import ATTEMPTS, CLASS_DATA_IGNORED, Siblings, TrainingLeader
+from services.trainer.preview_uploads import as_document
 
 REF = JobRef(JobKind.TRAIN, "dev", "job-1")
 BASE = model_pb2.Model(model="pocket", manifest_key="shared/base", manifest_digest="d" * 64)
@@ -75,6 +76,9 @@ class FakeStorage:
         if f"{project}/{kind}/{name}" in self.refs:
             raise AlreadyExists(name)
         self.refs[f"{project}/{kind}/{name}"] = document
+
+    async def read_document(self, key: str) -> Any:
+        return self.documents[key]
 
     async def upload_document(self, project: str, document: Any) -> artifact_pb2.Blob:
         self.documents["result"] = document
@@ -176,13 +180,13 @@ class House:
         assert revision is not None
         return revision
 
-    async def train(self) -> None:
+    async def train(self, previews_key: str = "") -> None:
         """Plays the trainer: takes the ready job and reports a model."""
         revision = await self.read()
         log = self.platform.job_log
         taken = life.take(revision.record, revision.sequence, "w", log.now_ms())
         sequence = await log.write(taken, revision.sequence)
-        trained = training_job_pb2.TrainingResult(model=REF.id, steps=3)
+        trained = training_job_pb2.TrainingResult(model=REF.id, steps=3, previews_key=previews_key)
         document = json_format.MessageToDict(trained, preserving_proto_field_name=True)
         await log.write(life.report_trained(taken, taken.epoch, document), sequence)
 
@@ -317,6 +321,18 @@ async def test_finish_draws_proof_and_samples_and_ends_the_job() -> None:
     assert {spec.model for spec in house.inference.specs} == {REF.id}
     stages = [Stage.DEPLOYING, Stage.SAMPLING]
     assert record.stage == stages[-1]
+
+
+async def test_finish_lists_what_was_drawn_while_training() -> None:
+    house = House(a_spec(with_prior_preservation=False))
+    preview = training_job_pb2.PreviewImage(step=250, prompt_index=1, name="preview-000250-2.png")
+    preview.image.key = "drawn"
+    house.storage.documents["drawn while training"] = {"previews": as_document([preview])}
+    await house.leader.lead(await house.admit())
+    await house.train(previews_key="drawn while training")
+    await house.leader.lead(await house.read())
+    result = json_format.ParseDict(house.storage.documents["result"], training_job_pb2.TrainingResult())
+    assert list(result.previews) == [preview]
 
 
 async def test_numbers_of_a_phase_are_not_taken_for_those_of_the_next_run() -> None:
