@@ -4,7 +4,6 @@
 shows progress as the output of a running job. Only 200 is a success; every body is JSON.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from services.domain.errors import (
 )
 from services.domain.rules import Range
 from services.gateway.dialects.base import FINAL_STATES, Answer, JobView
+from services.gateway.dialects.strict_json import parse_json
 
 DIALECT = "runpod"
 Version = Literal["v1", "v2"]
@@ -45,8 +45,6 @@ SHORTEST_TTL_MS = 10_000
 CANCELLED_STREAM_MS = 60_000
 """How long `/stream` answers for a cancelled job; after that a 404 ends clients that do not know CANCELLED."""
 MAX_ERROR_CHARS = 2000
-MAX_DEPTH = 100
-"""Lists and objects within each other; what is nested deeper could be read here and fail elsewhere."""
 
 _WEEK_MS = 7 * 24 * 3600 * 1000
 _TIMEOUT = Range("executionTimeout", 5_000, _WEEK_MS)
@@ -106,45 +104,6 @@ def read_envelope(body: bytes) -> Envelope:
     if faults:
         raise InvalidSpec("; ".join(faults))
     return Envelope(given if isinstance(given, dict) else {}, webhook, policy)
-
-
-def parse_json(body: bytes) -> Any:
-    """Reads JSON strictly: UTF-8, finite numbers, bounded depth.
-
-    Raises:
-        InvalidSpec: it is not that.
-    """
-    try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise InvalidSpec("the body must be valid JSON") from error
-    if not _is_shallow(value):
-        raise InvalidSpec(f"the body must not be nested deeper than {MAX_DEPTH} levels")
-    return value
-
-
-def _is_shallow(value: Any) -> bool:
-    """Walks level by level, without recursion."""
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, (dict, list))
-        ]
-    return not level
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError("number out of range")
-    return value
 
 
 def _read_webhook(request: Mapping[str, Any], faults: list[str]) -> str:
