@@ -7,7 +7,7 @@ Meanings are the protos' own comments, so that they are written once:
 
 import sys
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeVar
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto
 from likeness.training.v1 import training_job_pb2 as pb
@@ -15,6 +15,8 @@ from likeness.training.v1 import training_job_pb2 as pb
 from services.trainer.support import OF_OTHERS, RECIPES, honoured
 from tests import protos
 from tests.unit.trainer.proofs import PROOFS, places
+
+Named = TypeVar("Named", DescriptorProto, EnumDescriptorProto)
 
 FILE: Final = "likeness/training/v1/training_job.proto"
 SPECIFICATION: Final = "TrainingSpec"
@@ -72,9 +74,7 @@ class Source:
         return " ".join(self._comments[path].split()).replace("|", "\\|")
 
 
-def _named(
-    items: "Iterable[DescriptorProto] | Iterable[EnumDescriptorProto]", name: str
-) -> tuple[int, "DescriptorProto | EnumDescriptorProto"]:
+def _named(items: Iterable[Named], name: str) -> tuple[int, Named]:
     return next((index, item) for index, item in enumerate(items) if item.name == name)
 
 

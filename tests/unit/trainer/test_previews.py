@@ -157,7 +157,7 @@ class LeavesAfterOnePreview(Recorder):
 
 
 def test_a_run_that_is_given_back_within_a_round_draws_it_again_and_trains_on_the_same(bench: Bench) -> None:
-    values = {"preview_prompts": PROMPTS, "preview_steps": 2}
+    values: dict[str, Any] = {"preview_prompts": PROMPTS, "preview_steps": 2}
     undisturbed = train_plain(bench, "undisturbed", **values)
     first = train_plain(bench, "run", LeavesAfterOnePreview(), **values)
     assert first.outcome.ending is Ending.YIELDED
