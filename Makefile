@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 GENERATED := gen/.generated
 PROTOS := $(shell find protos -name '*.proto' 2>/dev/null)
 
-.PHONY: help setup protos format lint typecheck imports protolint check test demo run bench eval clean
+.PHONY: help setup protos format lint typecheck imports protolint check test demo run bench chaos eval clean
 
 help:  ## show this index
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | sort | expand -t 12
@@ -68,6 +68,9 @@ run: setup  ## serve the embedded platform until Ctrl-C
 
 bench: setup  ## speed and memory, as ratios against peers
 	$(PY) -m tests.bench
+
+chaos: setup  ## kill trainings at random moments; each must end with the bits of an undisturbed one
+	$(PY) -m tests.chaos $(CHAOS_ARGS)
 
 eval: setup  ## picture quality: what the base draws, what trainings teach it; writes docs/evaluation
 	$(PY) -m tests.eval

@@ -46,7 +46,7 @@ from likeness.training.v1.training_job_pb2 import ImageSource
 from services.adapters.grpc_client import Channel
 from services.adapters.manifests import digest_of, from_json
 from services.domain.artifacts import CHUNK_BYTES, blob_key, digest_of_key
-from services.domain.errors import BadInput, NotFound, Unavailable
+from services.domain.errors import AlteredBytes, BadInput, NotFound, Unavailable
 
 IMPORT_TIMEOUT_S = 1800.0
 MODEL_TIMEOUT_S = 1800.0
@@ -114,7 +114,7 @@ class StorageClient:
 
         Raises:
             NotFound: there is no such blob.
-            Unavailable: storage stayed away, or sent bytes that are not the digest's.
+            Unavailable: storage stayed away; AlteredBytes: it sent bytes that are not the digest's.
         """
         temporary = await asyncio.to_thread(_temporary_beside, path)
         try:
@@ -132,7 +132,7 @@ class StorageClient:
                 size += len(piece)
             await asyncio.to_thread(_flush, file)
         if digest.hexdigest() != digest_of_key(key):
-            raise Unavailable("storage sent other bytes than the digest promises")
+            raise AlteredBytes("storage sent other bytes than the digest promises")
         return size
 
     async def read_bytes(self, key: str, *, max_bytes: int = MAX_MANIFEST_BYTES) -> bytes:
@@ -141,7 +141,7 @@ class StorageClient:
         Raises:
             NotFound: there is no such blob.
             BadInput: it is larger than `max_bytes`.
-            Unavailable: storage stayed away, or sent bytes that are not the digest's.
+            Unavailable: storage stayed away; AlteredBytes: it sent bytes that are not the digest's.
         """
         data = bytearray()
         async for piece in self.read_blob(key):
@@ -149,7 +149,7 @@ class StorageClient:
             if len(data) > max_bytes:
                 raise BadInput(f"the document is larger than {max_bytes} bytes")
         if digest_of(bytes(data)) != digest_of_key(key):
-            raise Unavailable("storage sent other bytes than the digest promises")
+            raise AlteredBytes("storage sent other bytes than the digest promises")
         return bytes(data)
 
     async def read_document(self, key: str) -> Any:

@@ -17,7 +17,8 @@
     ├── ExportMismatch         a trained model, read back from its files, is not what was trained
     ├── Conflict               another write came first: read again, decide again
     ├── Unavailable            the bus, the store or a sibling service does not answer; try again
-    │   └── OutcomeUnknown     a write that may or may not have been stored
+    │   ├── OutcomeUnknown     a write that may or may not have been stored
+    │   └── AlteredBytes       storage sent other bytes than it was asked for
     ├── DeadlineExceeded       the time allowed has passed
     ├── Cancelled              the caller or the owner ended it
     └── Internal               a bug; the text says nothing, the log says all
@@ -128,6 +129,10 @@ class OutcomeUnknown(Unavailable):
     """A write was sent, and nothing says whether it was stored."""
 
 
+class AlteredBytes(Unavailable):
+    """Storage sent other bytes than the digest promises."""
+
+
 class DeadlineExceeded(LikenessError):
     """The time that was allowed has passed."""
 
@@ -183,6 +188,7 @@ ERROR_TABLE: Mapping[type[LikenessError], ErrorRow] = MappingProxyType(
         Conflict: ErrorRow("CONFLICT", "ABORTED", 409, retry_job=True),
         Unavailable: ErrorRow("UNAVAILABLE", "UNAVAILABLE", 503, retry_job=True),
         OutcomeUnknown: ErrorRow("OUTCOME_UNKNOWN", "UNAVAILABLE", 503, retry_job=True),
+        AlteredBytes: ErrorRow("ALTERED_BYTES", "UNAVAILABLE", 503, retry_job=True),
         DeadlineExceeded: ErrorRow("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", 504, fails_job=True),
         Cancelled: ErrorRow("CANCELLED", "CANCELLED", 499, fails_job=True),
         Internal: ErrorRow("INTERNAL", "INTERNAL", 500, retry_job=True),

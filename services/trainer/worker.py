@@ -35,7 +35,7 @@ from services.domain.errors import (
 )
 from services.domain.job import JobFailure, Stage
 from services.jobs.worker_client import JobHandle, WorkerClient, last_word
-from services.trainer.checkpoint_uploads import CheckpointUploads
+from services.trainer.checkpoint_uploads import CheckpointUploads, fetch_checkpoint
 from services.trainer.delivery import (
     concept_entries,
     lineage_of,
@@ -263,17 +263,12 @@ class TrainingWorker:
         reference = handle.checkpoint_ref
         if reference is None:
             return None
-        try:
-            document = await self._storage.read_document(reference.manifest_key)
-            folder = folder / document["folder"]
-            await asyncio.to_thread(folder.mkdir, parents=True)
-            for file in document["files"]:
-                await self._storage.download_blob(file["key"], folder / Path(file["name"]).name)
-        except NotFound:
+        found = await fetch_checkpoint(self._storage, reference.manifest_key, folder)
+        if found is None:
             logger.warning("checkpoint is gone, training begins anew", extra={"step": reference.step})
             return None
-        logger.info("training resumes from a checkpoint", extra={"step": reference.step})
-        return str(folder)
+        logger.info("training resumes from a checkpoint", extra={"checkpoint": found.name})
+        return str(found)
 
     async def _known_previews(self, handle: JobHandle) -> list[pb.PreviewImage]:
         """What earlier attempts have drawn."""
@@ -294,7 +289,8 @@ class TrainingWorker:
             TrainingFailed: the child gave up.
             ChildDied: it ended, or hung.
         """
-        uploads = CheckpointUploads(self._storage, handle, folder / "upload", previews=previews)
+        before = handle.checkpoint_ref.manifest_key if handle.checkpoint_ref else ""
+        uploads = CheckpointUploads(self._storage, handle, folder / "upload", before, previews)
         begun = asyncio.Event()
         async with running(uploads.run()), running(previews.run()), running(self._ask_to_yield(begun)):
             async with contextlib.aclosing(self._process.train(command)) as events:

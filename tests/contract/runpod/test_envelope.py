@@ -147,6 +147,7 @@ def test_a_ttl_of_ten_seconds_is_read() -> None:
         (errors.RateLimited("x"), 429, {"error": "too many requests"}, {"Retry-After": "1"}),
         (errors.Unavailable("the bus"), 503, {"error": "service unavailable"}, {}),
         (errors.OutcomeUnknown("x"), 503, {"error": "service unavailable"}, {}),
+        (errors.AlteredBytes("x"), 503, {"error": "service unavailable"}, {}),
         (errors.DeadlineExceeded("x"), 503, {"error": "service unavailable"}, {}),
         (errors.Conflict("x"), 503, {"error": "service unavailable"}, {}),
         (errors.Cancelled("x"), 503, {"error": "service unavailable"}, {}),

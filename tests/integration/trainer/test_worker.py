@@ -7,7 +7,7 @@ import signal
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from likeness.job.v1.job_pb2 import JobStage
@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from services.adapters.storage_client import StorageClient
 from services.domain.errors import DeadlineExceeded, InvalidSpec, NotFound, StaleEpoch, Unavailable
 from services.domain.training_spec import resolve_training_spec
-from services.trainer.checkpoint_uploads import CheckpointUploads
+from services.jobs.worker_client import JobHandle
+from services.trainer.checkpoint_uploads import CheckpointUploads, fetch_checkpoint
 from tests.integration.trainer.platform import PROJECT, WEIGHTS, Platform, open_platform
 
 FAKE = "tests.integration.trainer.fake_child"
@@ -431,6 +432,56 @@ async def test_a_checkpoint_that_is_gone_costs_time_and_not_the_job(
         platform.api.waiting.append(await platform.assignment(spec_of(), pictures, checkpoint=gone))
         await platform.api.until(lambda: platform.api.kinds()[-1:] in (["trained"], ["failed"]))
     assert platform.api.kinds()[-1] == "trained"
+
+
+class Reported:
+    """A job that notes the checkpoints it is told of."""
+
+    project_id, job_id = PROJECT, "job-1"
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    async def checkpoint(self, key: str, step: int) -> None:
+        self.keys.append(key)
+
+
+async def stored_checkpoints(platform: Platform, folder: Path, count: int) -> list[str]:
+    """Stores so many checkpoints one after the other; returns the keys of their manifests."""
+    job = Reported()
+    uploads = CheckpointUploads(platform.storage, cast(JobHandle, job), folder / "upload")
+    storing = asyncio.create_task(uploads.run())
+    for step in range(1, count + 1):
+        checkpoint = folder / f"step-{step:08d}"
+        checkpoint.mkdir()
+        (checkpoint / "weights").write_text(f"weights of {step}")
+        await uploads.add(checkpoint, step)
+        await uploads.drain()
+    storing.cancel()
+    return job.keys
+
+
+def blob_file(platform: Platform, key: str) -> Path:
+    return platform.folder / "home" / "artifacts" / key
+
+
+@pytest.mark.parametrize("damage", ["altered", "gone", "manifest gone", "whole", "two altered"])
+async def test_a_stored_checkpoint_whose_bytes_are_damaged_gives_way_to_the_one_before(
+    damage: str, platform: Platform, tmp_path: Path
+) -> None:
+    keys = await stored_checkpoints(platform, tmp_path, 3)
+    documents = [await platform.storage.read_document(key) for key in keys]
+    files = [blob_file(platform, document["files"][0]["key"]) for document in documents]
+    for file in {"altered": files[2:], "two altered": files[1:]}.get(damage, []):
+        file.chmod(0o600)
+        file.write_text("other bytes")
+    for file in {"gone": files[2:], "manifest gone": [blob_file(platform, keys[2])]}.get(damage, []):
+        file.unlink()
+    found = await fetch_checkpoint(platform.storage, keys[2], tmp_path / "resume")
+    step = {"whole": 3, "altered": 2, "gone": 2}.get(damage)
+    assert (found.name if found else None) == (f"step-{step:08d}" if step else None)
+    if found:
+        assert (found / "weights").read_text() == f"weights of {step}"
 
 
 async def test_a_child_that_reaches_no_checkpoint_in_time_is_left_and_the_job_given_back(

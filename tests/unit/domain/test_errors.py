@@ -44,7 +44,7 @@ def test_only_what_may_pass_is_unavailable() -> None:
     """UNAVAILABLE is the one code that clients repeat."""
     repeated = {kind for kind, row in ERROR_TABLE.items() if row.grpc_code == "UNAVAILABLE"}
 
-    assert repeated == {errors.Unavailable, errors.OutcomeUnknown}
+    assert repeated == {errors.Unavailable, errors.OutcomeUnknown, errors.AlteredBytes}
 
 
 def test_the_nearest_class_in_the_ancestry_wins() -> None:

@@ -1,12 +1,8 @@
 """An interrupted run ends with the bits of an undisturbed one; a run that stops being finite is contained."""
 
 import logging
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,10 @@ from services.trainer.counters import Counters, Pace
 from services.trainer.data import Concept
 from services.trainer.losses import per_sample_mse
 from services.trainer.run import Ending, Request
+from tests.chaos.campaign import Place, disturbed, undisturbed
+from tests.chaos.nursery import Nursery, open_nursery
+from tests.chaos.points import PHASES
+from tests.chaos.scenarios import LOW_RANK, SCENARIOS, dreambooth_concepts, random_features
 from tests.unit.trainer.harness import (
     Bench,
     Recorder,
@@ -36,30 +36,6 @@ from tests.unit.trainer.harness import (
 
 EIGHT, THIRTY_TWO = pb.OPTIMIZER_PRECISION_EIGHT_BIT, pb.OPTIMIZER_PRECISION_THIRTY_TWO_BIT
 BOTH = pytest.mark.parametrize("precision", [THIRTY_TWO, EIGHT], ids=["32-bit", "8-bit"])
-SLOW_PROGRAM = """
-import sys, time
-from pathlib import Path
-import torch
-from tests.unit.trainer import test_resume
-from services.trainer.run import Request
-from tests.unit.trainer.harness import Bench, Recorder
-
-class Slow(Recorder):
-    def progress(self, progress):
-        super().progress(progress)
-        print(progress.step, flush=True)
-        time.sleep(0.05)
-
-    def request(self):
-        return Request.CHECKPOINT
-
-torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)
-bench = Bench(Path(sys.argv[1]), Path(sys.argv[2]))
-spec = test_resume.demanding_spec(optimizer_precision=int(sys.argv[3]), max_train_steps=40)
-data = (test_resume.demanding_concept(bench.folder),)
-bench.train(spec, data, recorder=Slow())
-"""
 
 
 def demanding_spec(**changes: Any) -> pb.TrainingSpec:
@@ -76,29 +52,13 @@ def demanding_spec(**changes: Any) -> pb.TrainingSpec:
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "full": {},
-    "LoRA": {"method": pb.TRAINING_METHOD_LORA, "lora": pb.LoraSettings(rank=2, alpha=3, dropout=0.3)},
+    "LoRA": dict(LOW_RANK),
     "LoCon": {
         "method": pb.TRAINING_METHOD_LOCON,
         "lora": pb.LoraSettings(rank=2, alpha=3, dropout=0.3, conv_rank=1, conv_alpha=2),
         "optimizer_precision": pb.OPTIMIZER_PRECISION_EIGHT_BIT,
     },
 }
-
-
-def everything_spec(kind: str) -> pb.TrainingSpec:
-    """Every feature that draws random numbers or keeps a state, at once; the text encoder is frozen on the way."""
-    return demanding_spec(
-        **EVERYTHING[kind],
-        caption_dropout=0.3,
-        flip_probability=0.5,
-        offset_noise=0.1,
-        min_snr_gamma=5.0,
-        ema_decay=0.9,
-        clip_skip=2,
-        text_encoder_steps=6,
-        balance_concepts=True,
-        clip_models_separately=True,
-    )
 
 
 def demanding_concept(folder: Path) -> Concept:
@@ -141,11 +101,8 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(precision: int, at:
 def test_with_every_random_feature_on_a_run_resumed_twice_equals_an_undisturbed_one(
     kind: str, bench: Bench
 ) -> None:
-    data = (
-        demanding_concept(bench.folder),
-        make_concept(bench.folder / "other", instances=2, classes=3, size=(16, 24), index=1),
-    )
-    spec = everything_spec(kind)
+    data = dreambooth_concepts(bench.folder / "data")
+    spec = complete_spec(**random_features(balance_concepts=True, **EVERYTHING[kind]))
     whole = bench.train(spec, data, "whole", Recorder(ask={9: Request.CHECKPOINT}))
     first = bench.train(spec, data, recorder=Recorder(ask={5: Request.YIELD}))
     second = bench.train(spec, data, recorder=Recorder(ask={2: Request.YIELD}))
@@ -197,35 +154,38 @@ def test_checkpoints_and_watching_change_no_weight(bench: Bench) -> None:
     assert same_bits(plain.weights(), often.weights())
 
 
-def wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip().isdigit() and int(line) >= step:
-            return
-    raise AssertionError("the training ended before it was killed")
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with open_nursery() as opened:
+        yield opened
 
 
-@BOTH
-def test_a_killed_training_process_ends_with_the_bits_of_an_undisturbed_one(
-    precision: int, bench: Bench
+@pytest.mark.parametrize(("scenario", "seed"), [(name, seed) for seed, name in enumerate(SCENARIOS, start=1)])
+def test_a_training_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(
+    scenario: str, seed: int, nursery: Nursery, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    spec = demanding_spec(optimizer_precision=precision, max_train_steps=40)
-    data = (demanding_concept(bench.folder),)
-    command = [sys.executable, "-c", SLOW_PROGRAM, str(bench.model_folder), str(bench.folder)]
-    with subprocess.Popen(
-        [*command, str(precision)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])},
-    ) as process:
-        wait_for_step(process, 9)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    resumed = bench.train(spec, data)
-    assert 0 < len(resumed.losses) < 35, "it went on from a checkpoint"
-    undisturbed = bench.train(spec, data, "undisturbed")
-    assert same_bits(undisturbed.weights(), resumed.weights())
+    place = Place(nursery, scenario, tiny_model_dir, tmp_path)
+    campaign = disturbed(place, undisturbed(place), seed, kills=4)
+    assert campaign.differences == []
+    assert sorted(death.kill.phase for death in campaign.deaths) == sorted(PHASES)
+
+
+@pytest.mark.parametrize("file", [checkpoints.WEIGHTS, checkpoints.STATE, checkpoints.MANIFEST])
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    file: str, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec, data = demanding_spec(ema_decay=0.9), (demanding_concept(bench.folder),)
+    whole = bench.train(spec, data, "whole", Recorder(ask={9: Request.CHECKPOINT}))
+    yielded(bench, spec, 3)
+    damaged = yielded(bench, spec, 2).outcome.checkpoint
+    assert damaged is not None
+    content = (damaged / file).read_bytes()
+    (damaged / file).write_bytes(content[: len(content) // 2])
+    last = bench.train(spec, data, recorder=Recorder(ask={6: Request.CHECKPOINT}))
+    assert len(last.losses) == 7
+    assert "checkpoint passed over" in caplog.text
+    assert same_bits(whole.weights(), last.weights())
+    assert same_bits(state_bits(whole.run.workdir), state_bits(last.run.workdir))
 
 
 def spec_change(
