@@ -97,7 +97,7 @@ def test_each_server_names_its_services_and_is_healthy(
 def test_a_training_is_created_read_listed_watched_and_cancelled(training: Reflected, archive: str) -> None:
     service = "likeness.training.v1.TrainingService"
     request_id = str(uuid.uuid4())
-    spec = training_spec(archive, updates=5000)
+    spec = training_spec(archive, updates=5000) | {"preview_prompts": ["a sks robot"], "preview_steps": 10}
     created = training.call(f"{service}/CreateTrainingJob", project_id=DEV, spec=spec, request_id=request_id)[
         "job"
     ]
@@ -109,12 +109,15 @@ def test_a_training_is_created_read_listed_watched_and_cancelled(training: Refle
     assert again["job_id"] == created["job_id"], "the same request id gives the same job"
     assert created["spec"]["num_train_epochs"], "a stored specification is complete"
 
-    events = []
+    events: list[dict[str, Any]] = []
     for answer in training.stream(f"{service}/WatchTrainingJob", **name):
         event = answer["event"]
         events.append(event)
-        if event["stage"] == "JOB_STAGE_TRAINING" and int(event.get("progress", {}).get("step", 0)) >= 2:
+        numbers = [int(seen["progress"].get("step", 0)) for seen in events if "progress" in seen]
+        pictures = [seen["message"] for seen in events if "image_key" in seen]
+        if event["stage"] == "JOB_STAGE_TRAINING" and pictures and numbers[-1:] >= [2]:
             break
+    assert pictures[0] == "preview-000010-1.png"
     order = ["JOB_STAGE_QUEUED", "JOB_STAGE_FETCHING", "JOB_STAGE_CLASS_IMAGES", "JOB_STAGE_TRAINING"]
     places = [order.index(event["stage"]) for event in events]
     assert places == sorted(places)
