@@ -12,13 +12,15 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ AVERAGE = "average.safetensors"
 FORMAT_VERSION = 1
 KEPT = 2
 _SEPARATOR = "::"
+_READ_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 
 NamedParameters = Mapping[str, torch.nn.Parameter]
 
@@ -142,16 +145,39 @@ def read(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for described in manifest["files"]:
+            if described["name"] != PurePath(described["name"]).name:
+                raise CheckpointDamaged(f"{folder.name}: its manifest names a file outside of it")
             if _described(folder / described["name"], flush=False) != described:
                 raise CheckpointDamaged(f"{folder.name}: {described['name']} does not fit the manifest")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
         listed = {described["name"] for described in manifest["files"]}
         average = load_file(folder / AVERAGE) if AVERAGE in listed else {}
-    except (OSError, ValueError, KeyError) as error:
+        scalars = state.pop("optimizer_scalars")
+        return Checkpoint(state.pop("step"), weights, optimizer, scalars, state, average)
+    except _READ_FAULTS as error:
         raise CheckpointDamaged(f"{folder.name}: {error}") from error
-    scalars = state.pop("optimizer_scalars")
-    return Checkpoint(state.pop("step"), weights, optimizer, scalars, state, average)
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """Writes a checkpoint folder as one zip archive, uncompressed: equal checkpoints are equal archives.
+
+    Args:
+        folder: a finished checkpoint.
+        archive: file to write; its folder is made.
+
+    Returns:
+        The archive.
+    """
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed:
+        for path in sorted(folder.iterdir()):
+            with (
+                path.open("rb") as source,
+                packed.open(zipfile.ZipInfo(path.name), "w", force_zip64=True) as to,
+            ):
+                shutil.copyfileobj(source, to, 1 << 20)
+    return archive
 
 
 def finished(folder: Path) -> list[Path]:

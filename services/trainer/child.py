@@ -105,8 +105,9 @@ def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
 
     Args:
         command: `spec` (JSON of a TrainingSpec), `model_folder`, `model_digest`, `concepts`, `workdir`,
-            `resume_from` (folder or null), `checkpoint_interval_s`, `family` and `license` of the base model; for
-            captioned training also `dataset`, the file of the first concept's dataset as storage describes it.
+            `resume_from` and `start_from` (folder or null), `checkpoint_interval_s`, `family` and `license` of the
+            base model; for captioned training also `dataset`, the file of the first concept's dataset as storage
+            describes it.
         device: where to train.
     """
     spec = ParseDict(command["spec"], pb.TrainingSpec(), ignore_unknown_fields=True)
@@ -119,6 +120,7 @@ def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
         workdir=Path(command["workdir"]),
         device=device,
         resume_from=Path(command["resume_from"]) if command.get("resume_from") else None,
+        start_from=Path(command["start_from"]) if command.get("start_from") else None,
         checkpoint_interval_s=float(command["checkpoint_interval_s"]),
         family=str(command.get("family", "")),
         license=str(command.get("license", "")),

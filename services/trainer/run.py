@@ -25,6 +25,9 @@ class Run:
         workdir: the run's own folder; checkpoints and exports go there.
         device: where the tensors live.
         resume_from: folder of one checkpoint to go on from; None: the newest in `workdir`, if there is one.
+        start_from: folder of a checkpoint that somebody else's training, or an earlier one, published; used where there
+            is none of this run's own. It is gone on from where nothing that decides the weights differs, else its
+            weights are what this run begins with.
         checkpoint_interval_s: seconds between recovery checkpoints.
         family: of the base model, for those who look for add-ons that fit it; empty: unknown.
         license: of the base model; empty: unknown.
@@ -38,6 +41,7 @@ class Run:
     workdir: Path
     device: torch.device
     resume_from: Path | None = None
+    start_from: Path | None = None
     checkpoint_interval_s: float = 60.0
     family: str = ""
     license: str = ""

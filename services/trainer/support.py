@@ -58,6 +58,7 @@ _COMMON = frozenset(
         "zero_terminal_snr",
         "lora",
         "save_full_precision",
+        "save_optimizer",
         "export_formats",
         "preview_prompts",
         "preview_steps",

@@ -8,12 +8,13 @@ index, the weights and the optimizer's state, so a run that was interrupted goes
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from services.domain.errors import BadInput
 from services.trainer import checkpoint as checkpoints
 from services.trainer.batches import Batch
 from services.trainer.conditioning import TextConditioner
@@ -46,6 +47,9 @@ from services.trainer.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
+PUBLISHED_STATE = "checkpoint"
+"""Name of the format in a model's manifest under which the whole state of its training is published."""
+
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "exportFormats",
@@ -54,8 +58,20 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "previewPrompts",
         "previewSteps",
         "saveFullPrecision",
+        "saveOptimizer",
     }
 )
+
+_UNUSABLE_START = (
+    checkpoints.CheckpointDamaged,
+    checkpoints.CheckpointMismatch,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a checkpoint from outside can raise whose files are whole and say something else than ours do."""
 
 BatchesOf = Callable[[int], list[Batch]]
 """The forward passes of one update, counted from 0."""
@@ -119,6 +135,7 @@ class UpdateLoop:
         self.average = MovingAverage(self._parameters, spec.ema_decay)
         self._previews = Previews(run, model, self.average, total)
         self._watch = model.watch()
+        self._start_remarks: list[str] = []
         self.checkpoint: Path | None = None
 
     # -- where an earlier attempt stopped --------------------------------------------------------------------
@@ -126,8 +143,11 @@ class UpdateLoop:
     def resume(self) -> None:
         """Goes on from the checkpoint that the run names, else from the newest in its folder, if there is one.
 
+        Where there is none of the run's own, from the one that it is to start from.
+
         Raises:
             CheckpointMismatch, CheckpointDamaged: the named one is not a checkpoint of this run.
+            BadInput: the one to start from is damaged, or has weights of other parts or of another model.
         """
         run = self._run
         found = (
@@ -136,8 +156,35 @@ class UpdateLoop:
             else checkpoints.read_newest(run.checkpoint_folder)
         )
         if found is None:
+            if run.start_from is not None:
+                self._start_from(run.start_from)
             return
         checkpoints.check_configuration(found, self._configuration, may_differ=MAY_DIFFER_ON_RESUME)
+        self._go_on(found)
+
+    def _start_from(self, folder: Path) -> None:
+        """Goes on with another training where all that decides the weights is the same; else takes its weights."""
+        try:
+            found = checkpoints.read(folder)
+            try:
+                checkpoints.check_configuration(found, self._configuration, may_differ=MAY_DIFFER_ON_RESUME)
+            except checkpoints.CheckpointMismatch as difference:
+                self._begin_with(found)
+                self._start_remarks.append(f"only the weights of the given checkpoint are used: {difference}")
+            else:
+                self._go_on(found)
+        except _UNUSABLE_START as error:
+            raise BadInput(
+                f"the given checkpoint cannot be used: {error}", "resume_checkpoint_url"
+            ) from error
+
+    def _begin_with(self, found: checkpoints.Checkpoint) -> None:
+        """Begins a training of its own with the weights of another."""
+        checkpoints.restore(replace(found, optimizer={}, scalars={}), self._parameters, self._optimizer)
+        self.average = MovingAverage(self._parameters, self._run.spec.ema_decay)
+        self._watch = self._model.watch()
+
+    def _go_on(self, found: checkpoints.Checkpoint) -> None:
         self._restore(found)
         self.counters = Counters(**found.state["counters"])
         self.history = History.restored(found.state["history"])
@@ -350,7 +397,7 @@ class UpdateLoop:
     def remarks(self) -> list[str]:
         """Returns what was remarkable about losses and weights."""
         numbers = remarks(self.counters.spikes, self.counters.largest_change, self._watch.drift())
-        return numbers + self._previews.remarks
+        return self._start_remarks + numbers + self._previews.remarks
 
     def report(self) -> dict[str, Any]:
         """Returns what the loop has counted and measured, as JSON values for the report of the run."""
@@ -379,6 +426,19 @@ class UpdateLoop:
             self._restore(good)
             return good.step
         return self.counters.update if self._is_finite() else None
+
+    def publish_state(self) -> dict[str, Path]:
+        """Writes the whole state into the export folder where the specification asks for it.
+
+        Returns:
+            The archive's path relative to that folder, by the format's name; empty where none is asked for.
+        """
+        if not self._run.spec.save_optimizer:
+            return {}
+        folder = checkpoints.write(self._run.workdir / "published", self._capture())
+        archive = Path(PUBLISHED_STATE) / "checkpoint.zip"
+        checkpoints.pack(folder, self._run.export_folder / archive)
+        return {PUBLISHED_STATE: archive}
 
     def let_go(self) -> None:
         """Frees gradients and the optimizer's state, which nothing needs any more."""

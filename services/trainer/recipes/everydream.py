@@ -141,6 +141,7 @@ def train(run: Run, observer: Observer) -> Outcome:
 
     # --- the trained weights as files, read back, and the report --------------------------------------------
     observer.stage(Stage.EXPORTING)
+    state = loop.publish_state() if ending is Ending.TRAINED else {}
     loop.let_go()
     with times.of("exporting"), loop.average.in_place():
         exported = export(run, model, written_caption(pictures[0]))
@@ -163,7 +164,7 @@ def train(run: Run, observer: Observer) -> Outcome:
         loop.counters.final_loss,
         export_folder=run.export_folder,
         files=(*exported.files, written),
-        other_formats=exported.other_formats,
+        other_formats={**exported.other_formats, **state},
         warnings=(*warnings, *exported.warnings),
         report=report,
         execution_summary=execution.summary,

@@ -57,6 +57,7 @@ PROOFS: Final[Mapping[str, str]] = {
     "zero_terminal_snr": "test_zero_terminal_snr_trains_to_no_signal_and_draws_from_there",
     "balance_concepts": "test_balance_concepts_draws_all_concepts_equally_often",
     "export_formats": "test_export_formats_are_published_beside_the_model",
+    "save_optimizer": "test_save_optimizer_publishes_a_state_that_another_training_goes_on_from",
     "preview_prompts": "test_previews_are_drawn_of_each_prompt_at_their_updates_and_at_the_end",
     "preview_steps": "test_previews_are_drawn_of_each_prompt_at_their_updates_and_at_the_end",
     "save_full_precision": "test_save_full_precision_sets_the_type_of_the_published_weights",

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, by name, for both optimizers; what does not belong is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -139,6 +140,27 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     found = checkpoints.read_newest(tmp_path)
     assert found is not None
     assert found.step == 1
+
+
+def test_a_manifest_that_names_a_file_outside_its_folder_is_damage(tmp_path: Path) -> None:
+    newest = Toy(eight_bit=False).save(tmp_path, 1)
+    manifest = json.loads((newest / checkpoints.MANIFEST).read_text())
+    manifest["files"].append({"name": "../secret", "size_bytes": 0, "sha256": ""})
+    (newest / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointDamaged, match="outside"):
+        checkpoints.read(newest)
+
+
+def test_files_that_fit_their_manifest_and_are_no_weights_are_damage(tmp_path: Path) -> None:
+    newest = Toy(eight_bit=False).save(tmp_path, 1)
+    (newest / checkpoints.WEIGHTS).write_bytes(b"not tensors")
+    manifest = json.loads((newest / checkpoints.MANIFEST).read_text())
+    for entry in manifest["files"]:
+        data = (newest / entry["name"]).read_bytes()
+        entry |= {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (newest / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointDamaged):
+        checkpoints.read(newest)
 
 
 def test_without_any_whole_checkpoint_there_is_none(tmp_path: Path) -> None:

@@ -70,7 +70,6 @@ def test_what_only_captioned_training_does_is_refused_by_dreambooth(field: str, 
 
 REFUSED_VALUES: dict[str, Any] = {
     "publish_every_minutes": 1.0,
-    "save_optimizer": True,
     "revision": "main",
     "resume_checkpoint_url": "https://models.example.org/a.safetensors",
     "hub_subfolder": "pipeline",

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from likeness.training.v1 import training_job_pb2 as pb
 from safetensors.torch import load_file
 
+from services.domain.errors import BadInput
 from services.trainer import checkpoint as checkpoints
 from services.trainer import updates
 from services.trainer.checkpoint import CheckpointMismatch
@@ -30,6 +32,7 @@ from tests.unit.trainer.harness import (
     Trained,
     base_weights,
     complete_spec,
+    largest_difference,
     make_concept,
     same_bits,
 )
@@ -186,6 +189,77 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert "checkpoint passed over" in caplog.text
     assert same_bits(whole.weights(), last.weights())
     assert same_bits(state_bits(whole.run.workdir), state_bits(last.run.workdir))
+
+
+def published_state(trained: Trained, folder: Path) -> Path:
+    """The published state, unpacked as the worker hands it to another training."""
+    with zipfile.ZipFile(trained.run.export_folder / trained.outcome.other_formats["checkpoint"]) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_save_optimizer_publishes_a_state_that_another_training_goes_on_from(
+    method: str, bench: Bench
+) -> None:
+    data = (demanding_concept(bench.folder),)
+    changes = {**EVERYTHING[method], "ema_decay": 0.9, "lr_scheduler": pb.LEARNING_RATE_SCHEDULE_CONSTANT}
+    plain = bench.train(demanding_spec(max_train_steps=4, **changes), data, "plain")
+    first = bench.train(demanding_spec(max_train_steps=4, save_optimizer=True, **changes), data, "first")
+    assert "checkpoint" not in plain.outcome.other_formats
+    assert same_bits(published(plain), published(first)), "being published changes no weight"
+    state = published_state(first, bench.folder / "state")
+    longer = demanding_spec(max_train_steps=9, **changes)
+    whole = bench.train(longer, data, "whole", Recorder(ask={8: Request.CHECKPOINT}))
+    second = bench.train(longer, data, "second", Recorder(ask={4: Request.CHECKPOINT}), start_from=state)
+    assert second.losses == whole.losses[4:]
+    assert second.learning_rates == whole.learning_rates[4:]
+    assert same_bits(published(whole), published(second))
+    assert same_bits(state_bits(whole.run.workdir), state_bits(second.run.workdir))
+    assert not [warning for warning in second.outcome.warnings if "checkpoint" in warning]
+
+
+def test_a_training_with_other_settings_begins_with_the_weights_of_a_published_state(bench: Bench) -> None:
+    data = (demanding_concept(bench.folder),)
+    first = bench.train(demanding_spec(max_train_steps=3, save_optimizer=True), data, "first")
+    state = published_state(first, bench.folder / "state")
+    frozen = demanding_spec(max_train_steps=2, learning_rate=1e-12, ema_decay=0.5)
+    second = bench.train(frozen, data, "second", start_from=state)
+    assert len(second.losses) == 2, "the counters begin anew"
+    assert largest_difference(second.weights(), first.weights()) < 1e-7
+    [remark] = [warning for warning in second.outcome.warnings if "only the weights" in warning]
+    assert "emaDecay, learningRate" in remark
+
+
+def test_a_runs_own_checkpoint_comes_before_the_state_it_started_from(bench: Bench) -> None:
+    data, spec = (demanding_concept(bench.folder),), demanding_spec(max_train_steps=6)
+    first = bench.train(demanding_spec(max_train_steps=2, save_optimizer=True), data, "first")
+    state = published_state(first, bench.folder / "state")
+    yielded(bench, spec, 2, start_from=state)
+    last = bench.train(spec, data, start_from=state)
+    assert [update.step for update in last.recorder.updates] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [(checkpoints.WEIGHTS, b"x"), (checkpoints.MANIFEST, b"{}")],
+    ids=["damaged", "without a manifest"],
+)
+def test_a_published_state_that_cannot_be_used_is_the_callers_fault(
+    file: str, content: bytes, bench: Bench
+) -> None:
+    first = bench.train(demanding_spec(max_train_steps=1, save_optimizer=True), name="first")
+    state = published_state(first, bench.folder / "state")
+    (state / file).write_bytes(content)
+    with pytest.raises(BadInput, match="resume_checkpoint_url: the given checkpoint cannot be used"):
+        bench.train(demanding_spec(max_train_steps=2), name="second", start_from=state)
+
+
+def test_a_published_state_of_other_parts_is_refused(bench: Bench) -> None:
+    first = bench.train(demanding_spec(max_train_steps=1, save_optimizer=True), name="first")
+    state = published_state(first, bench.folder / "state")
+    with pytest.raises(BadInput, match="weights are not those of this model"):
+        bench.train(demanding_spec(train_text_encoder=False), name="second", start_from=state)
 
 
 def spec_change(
