@@ -270,6 +270,15 @@ class GatewaySettings(
     webhook_secret: SecretStr = setting(
         SecretStr(""), "Key of the HMAC-SHA256 signature that webhooks carry; empty: they carry none."
     )
+    sdapi_strict: bool = setting(
+        False, "Errors of the stablediffusionapi dialect have HTTP statuses of their own instead of 200."
+    )
+    sdapi_cors: bool = setting(
+        True, "Any web page may call the stablediffusionapi dialect and read pictures from a browser."
+    )
+    sdapi_jobs_at_once: int = setting(
+        10, "Trainings that a project may have under way through the stablediffusionapi dialect.", ge=1
+    )
 
 
 class TrainerApiSettings(

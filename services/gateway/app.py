@@ -19,11 +19,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import continued_trace, trace_of
 from services.domain.errors import LikenessError
+from services.gateway.calls import BodyTooLarge, base_url_of
 from services.gateway.dialects.base import Answer
 from services.gateway.dialects.runpod import envelope as wire
+from services.gateway.dialects.sdapi import envelope as sdapi_wire
 from services.gateway.files import open_file
+from services.gateway.open_cors import OpenCors
 from services.gateway.openapi import document
-from services.gateway.runpod import BodyTooLarge, Call, RunpodApi, base_url_of, internal_answer
+from services.gateway.runpod import Call, RunpodApi, internal_answer
+from services.gateway.sdapi import ROUTES, SdapiApi, SdapiCall
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,9 @@ JOB_OPERATIONS = {
 }
 QUEUE_OPERATIONS = {"run": ["POST"], "runsync": ["POST"], "purge-queue": ["POST"], "health": ["GET"]}
 CHECK_TIMEOUT_S = 3.0
+SDAPI_PATHS = "/api/"
+OPEN_PATHS = (SDAPI_PATHS, "/files/", "/generations/")
+"""Where browser code of any page may call: the dialect that is made for it, and pictures."""
 
 _SLASHES = re.compile("/{2,}")
 _DOCS_PAGE = Path(__file__).with_name("docs.html")
@@ -51,6 +58,8 @@ class Parts:
         checks: what must answer for the gateway to be ready, by name.
         public_url: base of addresses handed out; "": the request's own host.
         cors_origins: web pages that may call from a browser.
+        sdapi: the stablediffusionapi routes; None: they are not served.
+        sdapi_cors: any web page may call those.
     """
 
     runpod: RunpodApi
@@ -58,6 +67,8 @@ class Parts:
     checks: Mapping[str, Callable[[], Awaitable[bool]]] = field(default_factory=dict)
     public_url: str = ""
     cors_origins: Sequence[str] = ()
+    sdapi: SdapiApi | None = None
+    sdapi_cors: bool = True
 
 
 def create_app(parts: Parts) -> ASGIApp:
@@ -77,12 +88,19 @@ def create_app(parts: Parts) -> ASGIApp:
             handler = _runpod_handler(parts, version, operation)
             _add(app, f"/{version}/{{endpoint}}/{operation}{tail}", handler, methods)
     _add(app, "/files/{token}/{name}", _file_handler(parts), ["GET", "HEAD"])
+    if parts.sdapi is not None:
+        _add_sdapi(app, parts, parts.sdapi)
     _add_pages(app, parts)
     if parts.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=parts.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    return _Edge(app)
+    return _Edge(OpenCors(app, OPEN_PATHS) if parts.sdapi_cors else app)
+
+
+def _add_sdapi(app: FastAPI, parts: Parts, sdapi: SdapiApi) -> None:
+    for path, operation in ROUTES.items():
+        _add(app, path, _sdapi_handler(parts, sdapi, operation), ["POST"])
 
 
 def _add(
@@ -150,6 +168,24 @@ def _runpod_handler(
     return handle
 
 
+def _sdapi_handler(parts: Parts, sdapi: SdapiApi, operation: str) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        call = SdapiCall(
+            authorization=request.headers.get("authorization"),
+            base_url=_base_url(parts, request),
+            path=request.scope["route"].path,
+            id=request.path_params.get("id", ""),
+            read_body=lambda limit: _read_body(request, limit),
+        )
+        start = time.monotonic()
+        answer = await sdapi.answer(operation, call)
+        extra = {"operation": operation, "http_status": answer.status, "duration_s": time.monotonic() - start}
+        logger.debug("request answered", extra=extra)
+        return _json(answer)
+
+    return handle
+
+
 async def _read_body(request: Request, limit_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit_bytes:
@@ -189,7 +225,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Answers what the router itself refuses: no such path, or another method."""
     assert isinstance(error, HTTPException)
     text = {404: "not found", 405: "method not allowed"}.get(error.status_code, str(error.detail).lower())
-    return _json(Answer(error.status_code, {"error": text}, dict(error.headers or {})))
+    headers = dict(error.headers or {})
+    if request.url.path.startswith(SDAPI_PATHS):
+        headers |= {"Allow": "POST, OPTIONS"} if error.status_code == 405 else {}
+        return _json(Answer(error.status_code, sdapi_wire.error_body(text), headers))
+    return _json(Answer(error.status_code, {"error": text}, headers))
 
 
 def _json(answer: Answer) -> Response:
@@ -209,7 +249,8 @@ class _Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = dict(scope, path=_SLASHES.sub("/", scope["path"]))
+        path = _SLASHES.sub("/", scope["path"])
+        scope = dict(scope, path=path.rstrip("/") if path.startswith(SDAPI_PATHS) else path)
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         with continued_trace(*trace_of(headers)):
             await self._app(scope, receive, send)

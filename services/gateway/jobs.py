@@ -8,10 +8,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from likeness.inference.v1 import generation_job_pb2
 from likeness.job.v1 import job_pb2
 from likeness.training.v1 import training_job_pb2
 from likeness.training.v1 import training_service_pb2 as pb
@@ -23,6 +24,8 @@ from services.gateway.dialects.base import FINAL_STATES, Submission
 from services.gateway.limits import QueueLimit
 
 logger = logging.getLogger(__name__)
+
+J = TypeVar("J", training_job_pb2.TrainingJob, generation_job_pb2.GenerationJob)
 
 CALL_TIMEOUT_S = 2.5
 """Clients give up after 3 s, so the services behind get a little less."""
@@ -63,6 +66,7 @@ class NewJob:
         webhook: address that is told of the end; "" for none.
         policy: limits and rank.
         labels: small values that the dialect keeps with the job.
+        scope: which events the webhook is told of.
     """
 
     job_id: str
@@ -71,11 +75,30 @@ class NewJob:
     webhook: str
     policy: job_pb2.JobPolicy
     labels: Mapping[str, str]
+    scope: job_pb2.WebhookScope = job_pb2.WEBHOOK_SCOPE_FINAL
 
 
 def new_job_id(prefix: str = "") -> str:
     """A fresh random id."""
     return prefix + str(uuid.uuid4())
+
+
+def job_options(
+    origin: Origin,
+    policy: job_pb2.JobPolicy,
+    labels: Mapping[str, str],
+    kept: Mapping[str, Any],
+    webhook: str,
+    scope: job_pb2.WebhookScope,
+) -> job_pb2.JobOptions:
+    """What comes with a job besides its specification; `kept` is what the dialect wants to read again."""
+    options = job_pb2.JobOptions(policy=policy, traceparent=_traceparent())
+    options.origin.dialect, options.origin.endpoint = origin.dialect, origin.endpoint
+    options.origin.labels.update(labels)
+    options.origin.request_json = _kept_input(kept)
+    if webhook:
+        options.webhook.url, options.webhook.scope = webhook, scope
+    return options
 
 
 class Jobs:
@@ -111,13 +134,8 @@ class Jobs:
             InvalidSpec: the service found a fault that the dialect could not know of.
             QueueFull, Unavailable: not now.
         """
-        options = job_pb2.JobOptions(policy=new.policy, traceparent=_traceparent())
-        options.origin.dialect, options.origin.endpoint = origin.dialect, origin.endpoint
-        options.origin.labels.update({**new.labels, **_ignored_label(new.submission)})
-        options.origin.request_json = _kept_input(new.given)
-        if new.webhook:
-            options.webhook.url = new.webhook
-            options.webhook.scope = job_pb2.WEBHOOK_SCOPE_FINAL
+        labels = {**new.labels, **_ignored_label(new.submission)}
+        options = job_options(origin, new.policy, labels, new.given, new.webhook, new.scope)
         request = pb.CreateTrainingJobRequest(
             project_id=origin.project,
             job_id=new.job_id,
@@ -153,6 +171,16 @@ class Jobs:
         request = pb.CancelTrainingJobRequest(job_id=job_id, project_id=origin.project)
         return _job(await self._training.CancelTrainingJob(request, timeout=CALL_TIMEOUT_S))
 
+    async def delete(self, origin: Origin, job_id: str) -> None:
+        """Removes a job's record; one in progress is cancelled first.
+
+        Raises:
+            NotFound: as :meth:`get`.
+        """
+        await self.get(origin, job_id)
+        request = pb.DeleteTrainingJobRequest(job_id=job_id, project_id=origin.project)
+        await self._training.DeleteTrainingJob(request, timeout=CALL_TIMEOUT_S)
+
     async def shorten_retention(self, origin: Origin, job_id: str, keep_ms: int) -> None:
         """Lets a job that has ended go this many milliseconds from now, if it would stay longer.
 
@@ -178,37 +206,16 @@ class Jobs:
 
     async def wait(self, origin: Origin, job_id: str, seconds: float) -> training_job_pb2.TrainingJob:
         """Reads a job as soon as it has ended, and at the end of `seconds` in any case."""
-        end = time.monotonic() + seconds - ANSWER_MARGIN_S
-        job = await self.get(origin, job_id)
-        if job.state in FINAL_STATES:
-            return job
-        waiting = [asyncio.create_task(self._ended(origin, job)), asyncio.create_task(self.stopping.wait())]
-        try:
-            timeout = max(0.0, end - time.monotonic())
-            await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-        return await self.get(origin, job_id)
-
-    async def _ended(self, origin: Origin, job: training_job_pb2.TrainingJob) -> None:
-        """Returns when a job has ended: told by its events, and by looking where these break off."""
-        request = pb.WatchTrainingJobRequest(
-            job_id=job.job_id, project_id=origin.project, after_sequence=job.sequence
+        return await until_ended(
+            lambda: self.get(origin, job_id),
+            lambda job: self._training.WatchTrainingJob(
+                pb.WatchTrainingJobRequest(
+                    job_id=job_id, project_id=origin.project, after_sequence=job.sequence
+                )
+            ),
+            seconds,
+            self.stopping,
         )
-        while job.state not in FINAL_STATES:
-            try:
-                async for response in self._training.WatchTrainingJob(request):
-                    if response.event.state in FINAL_STATES:
-                        return
-            except LikenessError as error:
-                logger.info("watching broke off", extra={"job_id": job.job_id, "detail": str(error)})
-            await asyncio.sleep(POLL_S)
-            try:
-                job = await self.get(origin, job.job_id)
-            except Unavailable:
-                continue
 
     async def queue_status(self, project: str, endpoint: str) -> job_pb2.QueueStatus:
         """Figures of an endpoint's jobs, of one project or of all, and of the workers."""
@@ -219,7 +226,7 @@ class Jobs:
 
     async def purge(self, origin: Origin) -> int:
         """Cancels a project's queued jobs of an endpoint; returns how many there were."""
-        queued = await self._queued(origin)
+        queued = await self.listed(origin, [job_pb2.JOB_STATE_QUEUED])
         gate = asyncio.Semaphore(PURGES_AT_ONCE)
 
         async def remove(job_id: str) -> bool:
@@ -228,24 +235,78 @@ class Jobs:
                 job = _job(await self._training.CancelTrainingJob(request, timeout=CALL_TIMEOUT_S))
                 return job.state == job_pb2.JOB_STATE_CANCELLED
 
-        return sum(await asyncio.gather(*(remove(job_id) for job_id in queued)))
+        return sum(await asyncio.gather(*(remove(job.job_id) for job in queued)))
 
-    async def _queued(self, origin: Origin) -> list[str]:
-        found: list[str] = []
+    async def listed(
+        self, origin: Origin, states: Sequence[job_pb2.JobState] = (), most: int = 0
+    ) -> list[training_job_pb2.TrainingJob]:
+        """A project's jobs of an endpoint, newest first.
+
+        Args:
+            origin: whose, and of which endpoint.
+            states: only jobs in these; none: in any.
+            most: how many are enough; 0: all.
+        """
+        found: list[training_job_pb2.TrainingJob] = []
         token = ""
         while True:
             request = pb.ListTrainingJobsRequest(
                 project_id=origin.project,
-                page_size=200,
+                page_size=min(most, 200) or 200,
                 page_token=token,
-                states=[job_pb2.JOB_STATE_QUEUED],
+                states=states,
                 endpoint=origin.endpoint,
             )
             response = await self._training.ListTrainingJobs(request, timeout=CALL_TIMEOUT_S)
-            found += [job.job_id for job in response.jobs if job.options.origin.dialect == origin.dialect]
+            found += [job for job in response.jobs if job.options.origin.dialect == origin.dialect]
             token = response.next_page_token
-            if not token:
+            if not token or 0 < most <= len(found):
                 return found
+
+
+async def until_ended(
+    read: Callable[[], Awaitable[J]],
+    watch: Callable[[J], AsyncIterable[Any]],
+    seconds: float,
+    stopping: asyncio.Event,
+) -> J:
+    """Reads a job as soon as it has ended, and at the end of `seconds` in any case.
+
+    Args:
+        read: reads the job, a training or a drawing.
+        watch: follows its events from the revision given.
+        seconds: longest wait.
+        stopping: set when the process ends, which ends the wait.
+    """
+    end = time.monotonic() + seconds - ANSWER_MARGIN_S
+    job = await read()
+    if job.state in FINAL_STATES:
+        return job
+    waiting = [asyncio.create_task(_ended(read, watch, job)), asyncio.create_task(stopping.wait())]
+    try:
+        timeout = max(0.0, end - time.monotonic())
+        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    return await read()
+
+
+async def _ended(read: Callable[[], Awaitable[J]], watch: Callable[[J], AsyncIterable[Any]], job: J) -> None:
+    """Returns when a job has ended: told by its events, and by looking where these break off."""
+    while job.state not in FINAL_STATES:
+        try:
+            async for response in watch(job):
+                if response.event.state in FINAL_STATES:
+                    return
+        except LikenessError as error:
+            logger.info("watching broke off", extra={"job_id": job.job_id, "detail": str(error)})
+        await asyncio.sleep(POLL_S)
+        try:
+            job = await read()
+        except Unavailable:
+            continue
 
 
 def _job(response: Any) -> training_job_pb2.TrainingJob:

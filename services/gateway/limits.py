@@ -34,6 +34,14 @@ RUNPOD_LIMITS: Mapping[str, Limit] = {
 """`status` is shared by status, status-sync and stream; `cancel` by cancel and retry."""
 
 
+SDAPI_LIMITS: Mapping[str, Limit] = {
+    "start": Limit(1000, 200),
+    "read": Limit(2000, 400),
+    "steer": Limit(100, 20),
+}
+"""`start` trains or draws, `steer` cancels and deletes, `read` is everything else."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueLimit:
     """When a queue is full: longer than `floor` and longer than `per_worker` times the workers."""

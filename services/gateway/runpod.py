@@ -5,8 +5,6 @@ Order of the checks: key, endpoint, size, envelope, input, rate, queue.
 
 import contextlib
 import json
-import logging
-import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,20 +24,13 @@ from services.domain.errors import (
 )
 from services.domain.job import ID_PATTERN
 from services.gateway.auth import Authenticator, Caller
+from services.gateway.calls import BodyTooLarge, reference_of
 from services.gateway.dialects.base import FINAL_STATES, Answer, JobView, TrainingEndpoint
 from services.gateway.dialects.runpod import envelope as wire
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs, NewJob, Origin, given_input, new_job_id
 from services.gateway.limits import RateLimiter
 from services.gateway.streams import Batch, Streams
-
-logger = logging.getLogger(__name__)
-
-_BASE_URL = re.compile(r"https?://[A-Za-z0-9._~:\[\]/-]{1,300}")
-
-
-class BodyTooLarge(Exception):
-    """The body is longer than the operation takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,15 +272,7 @@ class RunpodApi:
 
 def internal_answer(error: BaseException) -> Answer:
     """The answer to a bug, with a reference that the log has too."""
-    reference = secrets.token_hex(3)
-    logger.error("request failed", exc_info=error, extra={"ref": reference})
-    return wire.internal_answer(reference)
-
-
-def base_url_of(public_url: str, scheme: str, host: str) -> str:
-    """Base of the addresses in an answer: what the operator set, else where the request came to."""
-    own = f"{scheme}://{host}"
-    return public_url or (own if _BASE_URL.fullmatch(own) else "")
+    return wire.internal_answer(reference_of(error))
 
 
 def _body_limit(operation: str) -> int:

@@ -5,7 +5,8 @@ import contextlib
 import logging
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from likeness.access.v1.access_service_pb2_grpc import AccessServiceStub
@@ -23,11 +24,14 @@ from services.domain.ports import Revision
 from services.gateway.app import Parts, create_app
 from services.gateway.auth import Authenticator
 from services.gateway.dialects.runpod import envelope as wire
+from services.gateway.dialects.sdapi import envelope as sdapi_wire
+from services.gateway.dialects.sdapi import training as sdapi_trainings
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs
 from services.gateway.limits import RateLimiter
 from services.gateway.openapi import ENDPOINTS
 from services.gateway.runpod import RunpodApi
+from services.gateway.sdapi import SdapiApi, SdapiPolicy
 from services.gateway.streams import Streams
 from services.gateway.webhooks import WebhookPolicy, WebhookSender
 from services.jobs.documents import CachedDocuments, StorageDocuments
@@ -37,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
 STOP_MARGIN_S = 2.0
+SDAPI_TRIES = 6
+"""Posts of one event in that dialect: one, and five more."""
 
 
 async def serve(settings: GatewaySettings) -> None:
@@ -58,14 +64,24 @@ async def serve(settings: GatewaySettings) -> None:
         egress = Egress(EgressPolicy(allow=settings.egress_allow))
         storage = StorageClient(storage_channel)
         jobs = Jobs(TrainingServiceStub(training_channel))
+        auth, links = Authenticator(AccessServiceStub(storage_channel)), Links(storage)
         runpod = RunpodApi(
             endpoints=ENDPOINTS,
-            auth=Authenticator(AccessServiceStub(storage_channel)),
+            auth=auth,
             jobs=jobs,
-            links=Links(storage),
+            links=links,
             streams=Streams(jobs, platform.progress, wire.CANCELLED_STREAM_MS),
             limiter=RateLimiter(),
             check_url=egress.check_url,
+        )
+
+        sdapi = SdapiApi(
+            auth=auth,
+            jobs=jobs,
+            storage=storage,
+            links=links,
+            check_url=egress.check_url,
+            policy=SdapiPolicy(strict=settings.sdapi_strict, jobs_at_once=settings.sdapi_jobs_at_once),
         )
 
         async def connected() -> bool:
@@ -82,35 +98,55 @@ async def serve(settings: GatewaySettings) -> None:
             },
             public_url=settings.public_url,
             cors_origins=settings.cors_origins,
+            sdapi=sdapi,
+            sdapi_cors=settings.sdapi_cors,
         )
-        sender = _webhook_sender(settings, platform, storage, runpod, egress)
-        await _run(settings, parts, jobs, sender)
+        senders = _webhook_senders(settings, platform, storage, runpod, sdapi, egress)
+        await _run(settings, parts, jobs, senders)
 
 
-def _webhook_sender(
+def _webhook_senders(
     settings: GatewaySettings,
     platform: JetStreamPlatform,
     storage: StorageClient,
     runpod: RunpodApi,
+    sdapi: SdapiApi,
     egress: Egress,
-) -> WebhookSender:
+) -> list[WebhookSender]:
     views = Views(CachedDocuments(StorageDocuments(storage)), platform.progress)
+    secret = settings.webhook_secret.get_secret_value().encode()
+    public_url, now_ms = settings.public_url, platform.job_log.now_ms
 
-    async def render(revision: Revision) -> bytes:
-        job = await views.training_job(revision, platform.job_log.now_ms())
-        return await runpod.webhook_document(job, settings.public_url)
+    async def runpod_training(revision: Revision, number: int) -> bytes:
+        return await runpod.webhook_document(await views.training_job(revision, now_ms()), public_url)
 
-    return WebhookSender(
-        feed=platform.job_feed,
-        log=platform.job_log,
-        hooks=platform.small,
-        clock=RealClock(),
-        post=egress.post_json,
-        render=render,
-        dialects=frozenset({wire.DIALECT}),
-        policy=WebhookPolicy(secret=settings.webhook_secret.get_secret_value().encode()),
-        name=secrets.token_hex(4),
-    )
+    async def sdapi_training(revision: Revision, number: int) -> bytes:
+        job = await views.training_job(revision, now_ms())
+        return await sdapi.training_document(job, number, public_url)
+
+    common: dict[str, Any] = {
+        "feed": platform.job_feed,
+        "log": platform.job_log,
+        "hooks": platform.small,
+        "clock": RealClock(),
+        "post": egress.post_json,
+        "name": secrets.token_hex(4),
+    }
+    return [
+        WebhookSender(
+            render=runpod_training,
+            dialects=frozenset({wire.DIALECT}),
+            policy=WebhookPolicy(secret=secret),
+            **common,
+        ),
+        WebhookSender(
+            render=sdapi_training,
+            dialects=frozenset({sdapi_wire.DIALECT}),
+            policy=WebhookPolicy(tries=SDAPI_TRIES, secret=secret),
+            events_of=sdapi_trainings.events_of,
+            **common,
+        ),
+    ]
 
 
 class _Server(uvicorn.Server):
@@ -121,7 +157,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _run(settings: GatewaySettings, parts: Parts, jobs: Jobs, sender: WebhookSender) -> None:
+async def _run(settings: GatewaySettings, parts: Parts, jobs: Jobs, senders: Sequence[WebhookSender]) -> None:
     host, _, port = settings.http_addr.rpartition(":")
     config = uvicorn.Config(
         create_app(parts),
@@ -144,15 +180,17 @@ async def _run(settings: GatewaySettings, parts: Parts, jobs: Jobs, sender: Webh
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    telling = asyncio.create_task(sender.run())
-    telling.add_done_callback(lambda task: stop())
+    telling = [asyncio.create_task(sender.run()) for sender in senders]
+    for task in telling:
+        task.add_done_callback(lambda task: stop())
     announcing = asyncio.create_task(_announce(server, settings))
     try:
         await server.serve()
     finally:
         announcing.cancel()
-        telling.cancel()
-        failures = await asyncio.gather(telling, return_exceptions=True)
+        for task in telling:
+            task.cancel()
+        failures = await asyncio.gather(*telling, return_exceptions=True)
     for failure in failures:
         if isinstance(failure, Exception):
             raise failure

@@ -1,4 +1,7 @@
-"""Tells callers' addresses that their jobs have ended: at least once, in order, none skipped, across restarts.
+"""Tells callers' addresses what became of their jobs: at least once, in order, none skipped, across restarts.
+
+Which events there are is the dialect's: most tell the end only, some every change of a status. Events of a job have
+numbers, and one revision of its record may be several of them.
 
 The job log says what happened, a small cursor a job says what was told. A sender claims the cursor by
 compare-and-set, posts, and moves it on; one that dies in between leaves a claim that runs out, and the next sender
@@ -9,7 +12,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +27,13 @@ ID_HEADER = "X-Webhook-Id"
 JOB_HEADER = "X-Job-Id"
 SIGNATURE_HEADER = "X-Webhook-Signature"
 POSTS_AT_ONCE = 32
+EVERY_EVENT = "WEBHOOK_SCOPE_EVERY_EVENT"
 
 Post = Callable[[str, bytes, Mapping[str, str], float], Awaitable[int]]
-Render = Callable[[Revision], Awaitable[bytes]]
+Render = Callable[[Revision, int], Awaitable[bytes]]
+"""Makes the body of an event: the revision that it is of, and its number."""
+EventsOf = Callable[[JobRecord, int], Sequence[int]]
+"""Numbers of the events that a revision is, rising, given the last one that was told of the job (0: none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,11 @@ class WebhookPolicy:
     secret: bytes = b""
 
 
+def final_events(record: JobRecord, last: int) -> Sequence[int]:
+    """The end of a job's run is its one event, however often it is run; a cancellation is none."""
+    return (1,) if record.event and record.state in TOLD_STATES else ()
+
+
 class WebhookSender:
     """Follows the log and delivers."""
 
@@ -63,6 +75,8 @@ class WebhookSender:
         dialects: frozenset[str],
         policy: WebhookPolicy = WebhookPolicy(),
         name: str = "",
+        kind: JobKind = JobKind.TRAIN,
+        events_of: EventsOf = final_events,
     ) -> None:
         """Takes the ports and the two functions that reach outside.
 
@@ -76,17 +90,21 @@ class WebhookSender:
             dialects: whose jobs are told of here.
             policy: how hard it is tried.
             name: names this sender in claims.
+            kind: trainings or drawings.
+            events_of: which events there are; others than the end of a run are told to webhooks whose scope is
+                every event.
         """
         self._feed, self._log, self._hooks, self._clock = feed, log, hooks, clock
         self._post, self._render, self._dialects = post, render, dialects
         self._policy, self._name = policy, name
+        self._kind, self._events_of = kind, events_of
         self._busy: dict[JobRef, bool] = {}
         self._gate = asyncio.Semaphore(POSTS_AT_ONCE)
 
     async def run(self) -> None:
         """Delivers for ever; what is under way when it is cancelled is delivered by the next run."""
         async with asyncio.TaskGroup() as group:
-            async for item in self._feed.follow(JobKind.TRAIN):
+            async for item in self._feed.follow(self._kind):
                 if isinstance(item, Revision) and self._concerns(item.record):
                     self._begin(item.record.ref, group)
 
@@ -94,7 +112,8 @@ class WebhookSender:
         """There may be something to tell: now, or left over from the run before a retry."""
         origin = record.options.get("origin", {})
         ours = bool(record.webhook_url) and origin.get("dialect", "") in self._dialects
-        return ours and (record.state in TOLD_STATES or record.round > 0)
+        every = record.options.get("webhook", {}).get("scope") == EVERY_EVENT
+        return ours and (every or record.state in TOLD_STATES or record.round > 0)
 
     def _begin(self, ref: JobRef, group: asyncio.TaskGroup) -> None:
         """Starts a delivery of a job, or tells the one under way to look again."""
@@ -132,59 +151,61 @@ class WebhookSender:
             Conflict: another sender was faster.
         """
         cursor, expected = await self._hooks.read_hook(ref.project, ref.id)
-        revision = await self._next_event(ref, int(cursor.get("next", 0)) - 1)
+        told = int(cursor.get("told", 0))
+        revision = await self._next_event(ref, int(cursor.get("next", 0)) - 1, told)
         if revision is None:
             return False
+        number, *further = self._events_of(revision.record, told)
         pause_ms = int(cursor.get("due", 0)) - self._log.now_ms()
         if pause_ms > 0:
             await self._clock.sleep(pause_ms / 1000)
             return True
         tries = int(cursor.get("tries", 0)) if cursor.get("next") == revision.sequence else 0
-        claim = self._cursor(revision.sequence, tries, self._policy.claim_s)
+        claim = self._cursor(revision.sequence, told, tries, self._policy.claim_s)
         claimed = await self._hooks.write_hook(ref.project, ref.id, claim, expected)
         async with self._gate:
-            delivered = await self._try(revision)
-        after = self._after(revision, tries + (delivered is not None), bool(delivered))
+            delivered = await self._try(revision, number)
+        tries += delivered is not None
+        if delivered or tries >= self._policy.tries:
+            if not delivered:
+                logger.warning("webhook given up", extra={"job_id": ref.id, "tries": tries})
+            after = self._cursor(revision.sequence + (not further), number, 0, 0)
+        else:
+            after = self._cursor(revision.sequence, told, tries, self._policy.pause_s)
         await self._hooks.write_hook(ref.project, ref.id, after, claimed)
         return True
 
-    async def _next_event(self, ref: JobRef, after: int) -> Revision | None:
+    async def _next_event(self, ref: JobRef, after: int, told: int) -> Revision | None:
         revision = await self._log.next_revision(ref, max(0, after))
-        while revision is not None and not _is_told(revision.record):
+        while revision is not None and not self._events_of(revision.record, told):
             revision = await self._log.next_revision(ref, revision.sequence)
         return revision
 
-    def _cursor(self, following: int, tries: int, due_in_s: float) -> dict[str, Any]:
+    def _cursor(self, following: int, told: int, tries: int, due_in_s: float) -> dict[str, Any]:
         due = self._log.now_ms() + round(due_in_s * 1000) if due_in_s else 0
-        return {"next": following, "tries": tries, "due": due, "claimed": self._name}
+        return {"next": following, "told": told, "tries": tries, "due": due, "claimed": self._name}
 
-    def _after(self, revision: Revision, tries: int, delivered: bool) -> dict[str, Any]:
-        if delivered or tries >= self._policy.tries:
-            if not delivered:
-                extra = {"job_id": revision.record.id, "tries": tries}
-                logger.warning("webhook given up", extra=extra)
-            return self._cursor(revision.sequence + 1, 0, 0)
-        return self._cursor(revision.sequence, tries, self._policy.pause_s)
-
-    async def _try(self, revision: Revision) -> bool | None:
+    async def _try(self, revision: Revision, number: int) -> bool | None:
         """Posts one event once; true when it was taken, None when there was nothing to post yet.
 
         The receiver is not to miss an event because a service of this side was away when it was due.
         """
         record = revision.record
         try:
-            body = await self._render(revision)
+            body = await self._render(revision, number)
         except OUTAGES as error:
             logger.info("webhook waits", extra={"job_id": record.id, "detail": str(error)})
             return None
         except Exception:
             logger.exception("webhook failed", extra={"job_id": record.id})
             return False
-        return await self._posted(record, revision.sequence, body)
+        several = len(self._events_of(record, 0)) > 1
+        event = f"{revision.sequence}.{number}" if several else str(revision.sequence)
+        return await self._posted(record, event, body)
 
-    async def _posted(self, record: JobRecord, sequence: int, body: bytes) -> bool:
+    async def _posted(self, record: JobRecord, event: str, body: bytes) -> bool:
         try:
-            headers = self._headers(record.id, sequence, body)
+            headers = self._headers(record.id, event, body)
             status = await self._post(record.webhook_url, body, headers, self._policy.timeout_s)
         except LikenessError as error:
             logger.info("webhook not delivered", extra={"job_id": record.id, "detail": str(error)})
@@ -196,13 +217,9 @@ class WebhookSender:
         logger.info("webhook posted", extra=extra)
         return 200 <= status < 300
 
-    def _headers(self, job_id: str, sequence: int, body: bytes) -> dict[str, str]:
-        headers = {ID_HEADER: f"{job_id}.{sequence}", JOB_HEADER: job_id}
+    def _headers(self, job_id: str, event: str, body: bytes) -> dict[str, str]:
+        headers = {ID_HEADER: f"{job_id}.{event}", JOB_HEADER: job_id}
         if self._policy.secret:
             digest = hmac.new(self._policy.secret, body, hashlib.sha256).hexdigest()
             headers[SIGNATURE_HEADER] = f"sha256={digest}"
         return headers
-
-
-def _is_told(record: JobRecord) -> bool:
-    return record.event and record.state in TOLD_STATES

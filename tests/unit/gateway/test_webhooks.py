@@ -55,7 +55,7 @@ class Log:
         self.platform = MemoryPlatform(self.clock)
         self.faults: list[Exception] = []
 
-    async def render(self, revision: Revision) -> bytes:
+    async def render(self, revision: Revision, number: int) -> bytes:
         if self.faults:
             raise self.faults.pop()
         return json.dumps({"state": revision.record.state, "round": revision.record.round}).encode()
@@ -321,7 +321,7 @@ async def told(world: World, public_url: str = "") -> AsyncIterator[None]:
     views = Views(MemoryDocuments(), world.platform.progress)
     egress = Egress(EgressPolicy(allow=(ip_network("127.0.0.0/8"),)))
 
-    async def body_of(revision: Revision) -> bytes:
+    async def body_of(revision: Revision, number: int) -> bytes:
         job = await views.training_job(revision, world.platform.job_log.now_ms())
         return await world.api.webhook_document(job, public_url)
 

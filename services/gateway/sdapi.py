@@ -1,0 +1,327 @@
+"""The stablediffusionapi routes, without HTTP: a call comes in, an answer goes out; app.py does the rest.
+
+Order of the checks: body, key, required fields, values, model, rate, queue.
+"""
+
+import contextlib
+import json
+import secrets
+import string
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from likeness.job.v1 import job_pb2
+from likeness.storage.v1 import model_pb2
+from likeness.training.v1 import training_job_pb2
+
+from services.adapters.storage_client import StorageClient
+from services.domain.errors import (
+    InvalidSpec,
+    LikenessError,
+    NotFound,
+    QueueFull,
+    Unauthenticated,
+    WrongState,
+    row_of,
+)
+from services.domain.job import ID_PATTERN
+from services.gateway.auth import Authenticator, Caller
+from services.gateway.calls import BodyTooLarge, reference_of
+from services.gateway.dialects.base import Answer
+from services.gateway.dialects.sdapi import envelope as wire
+from services.gateway.dialects.sdapi import training as trainings
+from services.gateway.dialects.sdapi.values import YES
+from services.gateway.files import Links
+from services.gateway.jobs import Jobs, NewJob, Origin
+from services.gateway.limits import SDAPI_LIMITS, RateLimiter
+
+ROUTES: Mapping[str, str] = {
+    "/api/v3/fine_tune": "fine_tune",
+    "/api/v3/fine_tune_status/{id}": "fine_tune_status",
+    "/api/v3/finetune_list": "finetune_list",
+    "/api/v3/finetune/delete/{id}": "finetune_delete",
+    "/api/v3/cancle_training/{id}": "cancel_training",
+    "/api/v3/cancel_training/{id}": "cancel_training",
+}
+"""Operations by path. `cancle` is how the vendor spells it; all are POST."""
+ID_CHARS = 10
+MAX_SEED_DRAWN = 2**32
+LIVE = (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING)
+LISTED = (*LIVE, job_pb2.JOB_STATE_SUCCEEDED)
+
+
+@dataclass(frozen=True, slots=True)
+class SdapiPolicy:
+    """What a deployment decides of this dialect.
+
+    Attributes:
+        strict: errors have HTTP statuses of their own.
+        jobs_at_once: trainings, and drawings, that a project may have waiting or running.
+    """
+
+    strict: bool = False
+    jobs_at_once: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SdapiCall:
+    """One request.
+
+    Attributes:
+        authorization: the header; None without one.
+        base_url: scheme and host that addresses in the answer begin with.
+        path: the route, as :data:`ROUTES` has it.
+        id: from the path; "" where the path has none.
+        read_body: reads the body up to a limit in bytes; raises BodyTooLarge.
+    """
+
+    authorization: str | None
+    base_url: str
+    path: str
+    id: str
+    read_body: Callable[[int], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """A call whose body is read and whose key is known."""
+
+    call: SdapiCall
+    caller: Caller
+    given: Mapping[str, Any]
+
+    @property
+    def project(self) -> str:
+        return self.caller.project
+
+    @property
+    def training(self) -> Origin:
+        return Origin(self.project, wire.DIALECT, trainings.ENDPOINT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """One kind of request: who answers it, how it is counted, and what a NotFound is about."""
+
+    answer: Callable[[_Context], Awaitable[Any]]
+    limit: str
+    not_found: wire.Told
+
+
+class SdapiApi:
+    """All operations of the dialect."""
+
+    def __init__(
+        self,
+        *,
+        auth: Authenticator,
+        jobs: Jobs,
+        storage: StorageClient,
+        links: Links,
+        limiter: RateLimiter | None = None,
+        check_url: Callable[[str], object],
+        policy: SdapiPolicy = SdapiPolicy(),
+    ) -> None:
+        """Joins the parts.
+
+        Args:
+            auth: knows the keys.
+            jobs: submits and reads trainings.
+            storage: the model registry.
+            links: makes addresses of files.
+            limiter: counts requests.
+            check_url: raises InvalidSpec for a webhook that would not be visited.
+            policy: what the deployment decides.
+        """
+        self._auth, self._jobs, self._storage, self._links = auth, jobs, storage, links
+        self._limiter = limiter or RateLimiter(SDAPI_LIMITS)
+        self._check_url, self._policy = check_url, policy
+        of_training, of_model = wire.NO_TRAINING, wire.NO_MODEL
+        self.operations: Mapping[str, _Operation] = {
+            "fine_tune": _Operation(self._fine_tune, "start", of_model),
+            "fine_tune_status": _Operation(self._status, "read", of_training),
+            "finetune_list": _Operation(self._list, "read", of_training),
+            "finetune_delete": _Operation(self._delete, "steer", of_training),
+            "cancel_training": _Operation(self._cancel, "steer", of_training),
+        }
+
+    async def answer(self, name: str, call: SdapiCall) -> Answer:
+        """Answers a call; never raises."""
+        operation, strict = self.operations[name], self._policy.strict
+        try:
+            context = await self._admitted(call)
+            with self._limiter.admitted(context.caller, wire.DIALECT, operation.limit):
+                return Answer(200, await operation.answer(context))
+        except BodyTooLarge:
+            return wire.too_large_answer()
+        except LikenessError as error:
+            if row_of(error).reason == "INTERNAL":
+                return _internal_answer(error)
+            return wire.error_answer(error, operation.not_found, strict)
+        except Exception as error:
+            return _internal_answer(error)
+
+    async def _admitted(self, call: SdapiCall) -> _Context:
+        given = wire.read_body(await call.read_body(wire.MAX_BODY_BYTES))
+        caller = await self._auth.caller(wire.authorization_of(given, call.authorization))
+        if not caller.may(wire.DIALECT, trainings.ENDPOINT):
+            raise Unauthenticated("the key has no right to this dialect")
+        return _Context(call, caller, {key: value for key, value in given.items() if key != "key"})
+
+    # --- trainings -------------------------------------------------------------------------------------------
+
+    async def _fine_tune(self, context: _Context) -> dict[str, Any]:
+        wish = trainings.read_fine_tune(context.given)
+        self._check_webhook(wish.webhook)
+        base = await self._model(context.project, wish.base_model)
+        submission = trainings.submission_of(wish, base, secrets.randbelow(MAX_SEED_DRAWN))
+        await self._check_room(context)
+        labels = {"base_url": context.call.base_url}
+        new = NewJob(
+            job_id=_new_training_id(),
+            submission=submission,
+            given={},
+            webhook=wish.webhook,
+            policy=job_pb2.JobPolicy(),
+            labels=labels,
+            scope=job_pb2.WEBHOOK_SCOPE_EVERY_EVENT,
+        )
+        try:
+            job = await self._jobs.submit(context.training, new)
+        except InvalidSpec as error:
+            raise trainings.in_callers_words(error) from error
+        return trainings.started_body(job, await self._waiting())
+
+    def _check_webhook(self, url: str) -> None:
+        try:
+            if url:
+                self._check_url(url)
+        except InvalidSpec as error:
+            raise InvalidSpec("; ".join(fault.rule for fault in error.violations), "webhook") from error
+
+    async def _model(self, project: str, name: str) -> model_pb2.Model:
+        try:
+            return await self._storage.get_model(project, name)
+        except InvalidSpec as error:
+            raise NotFound("no such model") from error
+
+    async def _check_room(self, context: _Context) -> None:
+        """Raises QueueFull when the project has as much under way as it may."""
+        most = self._policy.jobs_at_once
+        if len(await self._jobs.listed(context.training, LIVE, most)) >= most:
+            raise QueueFull("too many trainings are under way")
+        await self._jobs.check_queue(trainings.ENDPOINT)
+
+    async def _waiting(self) -> int:
+        """Trainings that come before one that was admitted just now; 0 when nobody knows."""
+        with contextlib.suppress(LikenessError):
+            figures = await self._jobs.queue_status("", "")
+            if not figures.idle_workers:
+                return max(0, figures.queued_jobs + figures.ready_jobs + figures.busy_workers - 1)
+        return 0
+
+    async def _status(self, context: _Context) -> dict[str, Any]:
+        try:
+            job = await self._jobs.get(context.training, _id_of(context))
+        except NotFound:
+            return trainings.model_body(await self._named_model(context))
+        urls = await self._urls(job, context.call.base_url)
+        return trainings.status_body(job, _now_ms(), urls)
+
+    async def _named_model(self, context: _Context) -> model_pb2.Model:
+        return await self._model(context.project, _id_of(context))
+
+    async def _urls(self, job: training_job_pb2.TrainingJob, base_url: str) -> dict[str, str]:
+        return await self._links.urls(job.project_id, trainings.files_of(job), base_url)
+
+    async def _list(self, context: _Context) -> dict[str, Any]:
+        jobs = {job.job_id: job for job in await self._jobs.listed(context.training, LISTED)}
+        models = {model.model: model for model in await self._models(context.project) if model.project_id}
+        created = {name: model.create_time.ToMilliseconds() for name, model in models.items()}
+        created |= {name: job.times.create_time.ToMilliseconds() for name, job in jobs.items()}
+        ids = sorted(created, key=lambda name: created[name], reverse=True)
+        if str(context.given.get("detail", "")).strip().lower() not in YES:
+            return trainings.list_body(ids)
+        return trainings.list_body([_item(name, models, jobs) for name in ids])
+
+    async def _models(self, project: str) -> list[model_pb2.Model]:
+        found: list[model_pb2.Model] = []
+        token = ""
+        while True:
+            page = await self._storage.list_models(project, page_size=200, page_token=token)
+            found += page.models
+            token = page.next_page_token
+            if not token:
+                return found
+
+    async def _delete(self, context: _Context) -> dict[str, Any]:
+        training_id = _id_of(context)
+        found = False
+        with contextlib.suppress(NotFound):
+            await self._jobs.delete(context.training, training_id)
+            found = True
+        try:
+            await self._storage.delete_model(context.project, training_id)
+        except (NotFound, InvalidSpec) as error:
+            if not found:
+                raise NotFound("no such training") from error
+        return trainings.gone_body("model deleted", training_id)
+
+    async def _cancel(self, context: _Context) -> dict[str, Any]:
+        job = await self._jobs.cancel(context.training, _id_of(context))
+        if job.state != job_pb2.JOB_STATE_CANCELLED:
+            raise WrongState("The training has ended already")
+        return trainings.gone_body("training cancelled", job.job_id)
+
+    # --- telling ---------------------------------------------------------------------------------------------
+
+    async def training_document(
+        self, job: training_job_pb2.TrainingJob, number: int, public_url: str
+    ) -> bytes:
+        """The body of a webhook about a training.
+
+        Args:
+            job: the training at the event.
+            number: of the event.
+            public_url: base of addresses; "": the one that the submitting request came to.
+        """
+        base_url = public_url or job.options.origin.labels.get("base_url", "")
+        urls = await self._urls(job, base_url) if number == trainings.READY else {}
+        return json.dumps(trainings.webhook_body(job, number, _now_ms(), urls)).encode()
+
+
+def _item(
+    name: str,
+    models: Mapping[str, model_pb2.Model],
+    jobs: Mapping[str, training_job_pb2.TrainingJob],
+) -> dict[str, Any]:
+    """A training in a detailed list: its model, as far as there is one."""
+    model = models.get(name) or model_pb2.Model(model=name)
+    item = trainings.model_item(model)
+    job = jobs.get(name)
+    if job is None:
+        return item
+    prompts = [concept.instance_prompt for concept in job.spec.concepts]
+    word = trainings.word_of(job, trainings.reached_by(job))
+    created = job.times.create_time.ToJsonString()
+    return item | {"status": word, "created_at": created, "instance_prompt": prompts[0] if prompts else None}
+
+
+def _id_of(context: _Context) -> str:
+    if not ID_PATTERN.match(context.call.id):
+        raise NotFound("no such training")
+    return context.call.id
+
+
+def _new_training_id() -> str:
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_CHARS))
+
+
+def _internal_answer(error: BaseException) -> Answer:
+    return wire.internal_answer(reference_of(error))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,225 @@
+"""A gateway that serves the stablediffusionapi dialect over real job cores in memory, and a small model registry."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import httpx
+from likeness.access.v1.access_service_pb2_grpc import AccessServiceStub, add_AccessServiceServicer_to_server
+from likeness.storage.v1 import model_pb2
+from likeness.storage.v1 import storage_service_pb2 as storage_pb
+from likeness.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
+from likeness.training.v1.training_service_pb2_grpc import (
+    TrainingServiceStub,
+    add_TrainingServiceServicer_to_server,
+)
+
+from services.adapters.clock import RealClock
+from services.adapters.egress import Egress
+from services.adapters.grpc_client import Channel
+from services.adapters.grpc_server import GrpcServer
+from services.adapters.memory import MemoryPlatform
+from services.adapters.storage_client import StorageClient
+from services.domain import life_cycle as life
+from services.domain.errors import NotFound
+from services.domain.job import JobFailure, JobKind, JobRecord, JobRef, Stage
+from services.gateway.app import Parts, create_app
+from services.gateway.auth import Authenticator
+from services.gateway.dialects.runpod import envelope as runpod_wire
+from services.gateway.files import Links
+from services.gateway.jobs import Jobs
+from services.gateway.limits import RateLimiter
+from services.gateway.openapi import ENDPOINTS
+from services.gateway.runpod import RunpodApi
+from services.gateway.sdapi import SdapiApi, SdapiPolicy
+from services.gateway.streams import Streams
+from services.jobs.core import JobCore
+from services.trainer.servicer import TrainingServicer
+from tests.unit.gateway.harness import KEY, FakeAccess, FakeStorage, MemoryDocuments
+
+BODY: dict[str, Any] = {
+    "key": KEY,
+    "instance_prompt": "photo of adhik person",
+    "class_prompt": "photo of person",
+    "base_model_id": "portraitplus-diffusion",
+    "images": [f"https://files.example.org/{number}.png" for number in range(7)],
+    "seed": "0",
+    "training_type": "men",
+    "max_train_steps": "2000",
+    "webhook": "",
+}
+
+
+class Registry(FakeStorage):
+    """Files as in :class:`FakeStorage`, and models: those of the catalogue have no owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        defaults = model_pb2.TrainingDefaults(full_learning_rate=3e-4, num_class_images=48)
+        self.models: dict[tuple[str, str], model_pb2.Model] = {}
+        for name in ("pocket", "portraitplus-diffusion", "your_model_id"):
+            manifest = model_pb2.ModelManifest(
+                format=model_pb2.MODEL_FORMAT_DIFFUSERS, native_size_px=512, training_defaults=defaults
+            )
+            self.add("", name, manifest)
+
+    def add(self, project: str, name: str, manifest: model_pb2.ModelManifest | None = None) -> None:
+        """Registers a model."""
+        model = model_pb2.Model(
+            model=name, project_id=project, manifest=manifest, manifest_digest=f"digest-{name}"
+        )
+        model.create_time.GetCurrentTime()
+        self.models[project, name] = model
+
+    def found(self, project: str, name: str) -> model_pb2.Model:
+        """A model of a project or of the catalogue; "" is the default."""
+        name = name or "pocket"
+        model = self.models.get((project, name)) or self.models.get(("", name))
+        if model is None:
+            raise NotFound("no such model")
+        return model
+
+    async def GetModel(self, request: Any, context: Any) -> storage_pb.GetModelResponse:
+        return storage_pb.GetModelResponse(model=self.found(request.project_id, request.model))
+
+    async def ListModels(self, request: Any, context: Any) -> storage_pb.ListModelsResponse:
+        own = [model for (owner, _), model in self.models.items() if owner == request.project_id]
+        shared = [model for (owner, _), model in self.models.items() if not owner]
+        return storage_pb.ListModelsResponse(models=own + shared)
+
+    async def DeleteModel(self, request: Any, context: Any) -> storage_pb.DeleteModelResponse:
+        if (request.project_id, request.model) not in self.models:
+            raise NotFound("no such model")
+        del self.models[request.project_id, request.model]
+        return storage_pb.DeleteModelResponse()
+
+
+@dataclass
+class World:
+    """The gateway and what lies behind it."""
+
+    http: httpx.AsyncClient
+    api: SdapiApi
+    platform: MemoryPlatform
+    training: JobCore
+    storage: Registry
+    access: FakeAccess
+    documents: MemoryDocuments
+
+    async def post(self, path: str, body: Any = None, **kwargs: Any) -> Any:
+        """Posts a body as JSON, with the key if it names none; returns the answer's JSON of a 200."""
+        answer = await self.http.post(path, json={"key": KEY} | (body or {}), **kwargs)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def train(self, **changes: Any) -> str:
+        """Starts a training and returns its id."""
+        body = await self.post("/api/v3/fine_tune", BODY | changes)
+        assert body["status"] == "success", body
+        return str(body["training_id"])
+
+    async def status(self, training_id: str) -> dict[str, Any]:
+        return dict(await self.post(f"/api/v3/fine_tune_status/{training_id}"))
+
+    async def record(self, training_id: str) -> JobRecord:
+        revision = await self.training.records.read(JobRef(JobKind.TRAIN, "first", training_id))
+        return revision.record
+
+    async def move(self, training_id: str, *moves: Callable[[JobRecord, int], JobRecord]) -> None:
+        """Writes the next revisions of a training, as the api and the workers would."""
+        for move in moves:
+            ref = JobRef(JobKind.TRAIN, "first", training_id)
+            now_ms = self.training.records.now_ms()
+            await self.training.records.change(ref, partial(_moved, move, now_ms))
+
+    async def run_to_training(self, training_id: str) -> None:
+        await self.move(
+            training_id, life.begin_preparing, lambda record, now: life.make_ready(record, {}, "", now)
+        )
+        ref = JobRef(JobKind.TRAIN, "first", training_id)
+        sequence = (await self.training.records.read(ref)).sequence
+        await self.move(training_id, lambda record, now: life.take(record, sequence, "trainer-1", now))
+
+    async def enter(self, training_id: str, stage: Stage) -> None:
+        await self.move(
+            training_id, lambda record, now: life.report_stage(record, record.epoch, stage, stage.value)
+        )
+
+    async def finish(self, training_id: str) -> None:
+        """From the trainer's last report to the end, with a test picture and the model registered."""
+        key = f"test-{training_id}"
+        self.storage.blobs[key] = b"PNG" * 400
+        self.storage.add("first", training_id)
+        image = {"image": {"key": key, "seed": "1", "media_type": "image/png"}}
+        result = {"model": training_id, "test_image": image, "final_loss": 0.125, "warnings": ["a remark"]}
+        await self.move(
+            training_id,
+            lambda record, now: life.report_trained(record, record.epoch, {}),
+            lambda record, now: life.finish(record, result, "", now),
+        )
+
+    async def succeed(self, training_id: str) -> None:
+        await self.run_to_training(training_id)
+        await self.finish(training_id)
+
+    async def fail(self, training_id: str, message: str = "no picture could be read") -> None:
+        failure = JobFailure("BAD_INPUT", message, "images")
+        await self.move(
+            training_id, life.begin_preparing, lambda record, now: life.fail(record, failure, now)
+        )
+
+
+@contextlib.asynccontextmanager
+async def world(
+    policy: SdapiPolicy | None = None,
+    limiter: RateLimiter | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AsyncIterator[World]:
+    """Everything up, until the end of the block."""
+    platform, documents = MemoryPlatform(), MemoryDocuments()
+    core = JobCore(JobKind.TRAIN, platform, RealClock(), documents)
+    storage, access = Registry(), FakeAccess()
+    server = GrpcServer("127.0.0.1:0", grace_s=0.1)
+    training = TrainingServicer(core, base_model="pocket")
+    for add, servicer, name in (
+        (add_TrainingServiceServicer_to_server, training, "likeness.training.v1.TrainingService"),
+        (add_StorageServiceServicer_to_server, storage, "likeness.storage.v1.StorageService"),
+        (add_AccessServiceServicer_to_server, access, "likeness.access.v1.AccessService"),
+    ):
+        server.add(add, servicer, name)
+    running = asyncio.create_task(core.run())
+    await core.wait_ready()
+    async with server, Channel(server.address) as channel:
+        client, jobs = StorageClient(channel), Jobs(TrainingServiceStub(channel))
+        auth, links = Authenticator(AccessServiceStub(channel)), Links(client)
+        api = SdapiApi(
+            auth=auth,
+            jobs=jobs,
+            storage=client,
+            links=links,
+            limiter=limiter,
+            check_url=Egress().check_url,
+            policy=policy or SdapiPolicy(),
+        )
+        runpod = RunpodApi(
+            endpoints=ENDPOINTS,
+            auth=auth,
+            jobs=jobs,
+            links=links,
+            streams=Streams(jobs, platform.progress, runpod_wire.CANCELLED_STREAM_MS),
+            limiter=RateLimiter(),
+            check_url=Egress().check_url,
+        )
+        parts = Parts(runpod, client, sdapi=api, **(settings or {}))
+        transport = httpx.ASGITransport(app=create_app(parts))
+        async with httpx.AsyncClient(transport=transport, base_url="http://likeness.test") as http:
+            yield World(http, api, platform, core, storage, access, documents)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def _moved(move: Callable[[JobRecord, int], JobRecord], now_ms: int, record: JobRecord) -> JobRecord:
+    return move(record, now_ms)
