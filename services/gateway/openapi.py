@@ -3,10 +3,13 @@
 from importlib.metadata import version as version_of
 from typing import Any
 
-from services.gateway.dialects.base import TrainingEndpoint
-from services.gateway.dialects.runpod import dream_booth_v1
+from likeness.training.v1 import training_job_pb2
 
-ENDPOINTS: tuple[TrainingEndpoint, ...] = (dream_booth_v1,)
+from services.domain.errors import InvalidSpec
+from services.gateway.dialects.base import TrainingEndpoint
+from services.gateway.dialects.runpod import dream_booth_v1, everydream_v1
+
+ENDPOINTS: tuple[TrainingEndpoint, ...] = (dream_booth_v1, everydream_v1)
 """The endpoints of the RunPod dialect."""
 
 _STATES = ["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
@@ -20,7 +23,7 @@ _PROGRESS = {
     "loss": 0.11,
 }
 _ERRORS = {
-    "400": ("the request breaks rules", {"error": "invalid input", "details": ["concepts: is required"]}),
+    "400": ("the request breaks rules", {"error": "ttl must be an integer of at least 10000 ms"}),
     "401": ("no key, or one that is not known", {"error": "unauthorized"}),
     "404": ("no such endpoint or job", {"error": "job not found"}),
     "413": ("the body is too long", {"error": "request body exceeds 10 MB"}),
@@ -60,19 +63,21 @@ def document(base_url: str) -> dict[str, Any]:
 
 def _endpoint_paths(endpoint: TrainingEndpoint, version: str) -> dict[str, Any]:
     root = f"/{version}/{endpoint.ENDPOINT}"
+    name = f"{endpoint.ENDPOINT}_{version}".replace("-", "_")
     wait = _query("wait", "Longest time to hold the request, 1000 to 300000 ms.", 90_000)
     hold = _query("wait", "Longest time to hold the request, 1000 to 300000 ms.", 5_000)
     ttl = _query("ttl", "Keep the result for this long only, at least 10000 ms.", None)
     queued = {"id": _JOB, "status": "IN_QUEUE"}
-    job, running, cancelled = _completed(version), _running(version), _cancelled(version)
+    job, running = _completed(endpoint, version), _running(endpoint, version)
+    cancelled = _body(endpoint, version, "CANCELLED", 15_820)
     waited = job | {"id": f"sync-{_JOB}"}
     return {
         f"{root}/run": {"post": _submit(endpoint, "Submit a training", queued, [])},
         f"{root}/runsync": {"post": _submit(endpoint, "Submit a training and wait for it", waited, [wait])},
-        f"{root}/status/{{id}}": _both("Read a job", running, [_ID, ttl], f"{version}_status"),
-        f"{root}/status-sync/{{id}}": _both("Wait for a job", job, [_ID, wait], f"{version}_status_sync"),
+        f"{root}/status/{{id}}": _both("Read a job", running, [_ID, ttl], f"{name}_status"),
+        f"{root}/status-sync/{{id}}": _both("Wait for a job", job, [_ID, wait], f"{name}_status_sync"),
         f"{root}/stream/{{id}}": _both(
-            "Progress and pictures, each once", _STREAM, [_ID, hold], f"{version}_stream"
+            "Progress and pictures, each once", _STREAM, [_ID, hold], f"{name}_stream"
         ),
         f"{root}/cancel/{{id}}": {"post": _operation("Cancel a job", cancelled, [_ID])},
         f"{root}/retry/{{id}}": {"post": _operation("Run a failed job again", queued, [_ID])},
@@ -96,37 +101,45 @@ def _query(name: str, meaning: str, default: int | None) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": meaning}
 
 
-def _body(version: str, status: str, execution_ms: int, **more: Any) -> dict[str, Any]:
+def _example_of(endpoint: TrainingEndpoint) -> Any:
+    """An input that the endpoint accepts."""
+    return endpoint.input_schema()["examples"][0]
+
+
+def _body(
+    endpoint: TrainingEndpoint, version: str, status: str, execution_ms: int, **more: Any
+) -> dict[str, Any]:
     """A status body, as :func:`services.gateway.dialects.runpod.envelope.status_body` makes it."""
     times = {"delayTime": 5210, "executionTime": execution_ms, "workerId": "trainer-7c9f4"}
-    own = {"gpu": "24", "input": dream_booth_v1.EXAMPLE} if version == "v1" else {}
+    own = {"gpu": "24", "input": _example_of(endpoint)} if version == "v1" else {}
     return {"id": _JOB, "status": status} | times | own | more
 
 
-def _completed(version: str) -> dict[str, Any]:
-    pictures = [
-        {
-            "image": f"https://likeness.example.org/files/TOKEN/0-{position}.png",
-            "seed": 11 + position,
-            "prompt": "zkw dog on the moon",
-            "negative_prompt": None,
-            "guidance_scale": 7.5,
-            "inference_steps": 50,
-            "scheduler": "DDIM",
-        }
-        for position in range(2)
-    ]
-    return _body(version, "COMPLETED", 241_377, output=pictures)
+def _completed(endpoint: TrainingEndpoint, version: str) -> dict[str, Any]:
+    """The end of the example, as the endpoint itself tells it."""
+    job = training_job_pb2.TrainingJob(spec=endpoint.read_input(_example_of(endpoint), lambda: 11).spec)
+    for index, asked in enumerate(job.spec.samples):
+        for position in range(asked.num_images):
+            sample = job.result.samples.add(sample_index=index, spec=asked)
+            sample.image.key, sample.image.seed = f"{index}-{position}", asked.seed + position
+    host = "https://likeness.example.org/files/TOKEN"
+    urls = {file.key: f"{host}/{file.name}" for file in endpoint.files_of(job)}
+    return _body(endpoint, version, "COMPLETED", 241_377, output=endpoint.render_output(job, urls))
 
 
-def _running(version: str) -> dict[str, Any]:
+def _running(endpoint: TrainingEndpoint, version: str) -> dict[str, Any]:
     progress = {"progress": _PROGRESS}
     more = progress if version == "v1" else {"output": progress}
-    return _body(version, "IN_PROGRESS", 93_844, **more)
+    return _body(endpoint, version, "IN_PROGRESS", 93_844, **more)
 
 
-def _cancelled(version: str) -> dict[str, Any]:
-    return _body(version, "CANCELLED", 15_820)
+def _refusal(endpoint: TrainingEndpoint) -> dict[str, Any]:
+    """The answer to an input that lacks everything."""
+    try:
+        endpoint.read_input({}, lambda: 0)
+    except InvalidSpec as error:
+        return {"error": "invalid input", "details": [str(violation) for violation in error.violations]}
+    return {"error": "invalid input"}
 
 
 def _operation(summary: str, example: Any, parameters: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,9 +178,10 @@ def _submit(
             "policy": {"$ref": "#/components/schemas/Policy"},
         },
     }
-    content = {"application/json": {"schema": schema, "example": {"input": dream_booth_v1.EXAMPLE}}}
-    body = {"requestBody": {"required": True, "content": content}}
-    return _operation(summary, example, query) | body
+    content = {"application/json": {"schema": schema, "example": {"input": _example_of(endpoint)}}}
+    operation = _operation(summary, example, query)
+    operation["responses"]["400"]["content"]["application/json"]["example"] = _refusal(endpoint)
+    return operation | {"requestBody": {"required": True, "content": content}}
 
 
 def _file_paths() -> dict[str, Any]:

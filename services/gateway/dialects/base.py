@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from likeness.job.v1 import job_pb2
 from likeness.training.v1 import training_job_pb2
 
+from services.domain.errors import InvalidSpec, Violation
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -19,10 +21,24 @@ class Submission:
     Attributes:
         spec: what to train, with all defaults resolved.
         ignored: paths of keys that the endpoint does not know and does not mind.
+        spelled: the caller's path of each field, by its path in the specification; others are the same in both.
     """
 
     spec: training_job_pb2.TrainingSpec
     ignored: tuple[str, ...] = ()
+    spelled: Mapping[str, str] = field(default_factory=dict)
+
+    def respelled(self, error: InvalidSpec) -> InvalidSpec:
+        """The same faults of `spec` in the caller's spelling."""
+        faults = error.violations
+        return type(error)([Violation(self._caller_path(fault.field), fault.rule) for fault in faults])
+
+    def _caller_path(self, path: str) -> str:
+        """Of a field that has no spelling of its own the part that has one is respelled."""
+        known = path
+        while known and known not in self.spelled:
+            known = known[: max(known.rfind("."), known.rfind("["), 0)]
+        return self.spelled[known] + path[len(known) :] if known else path
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,10 @@ class TrainingEndpoint(Protocol):
 
     def files_of(self, job: training_job_pb2.TrainingJob) -> list[File]:
         """The files that the output of this job names."""
+        ...
+
+    def render_pictures(self, job: training_job_pb2.TrainingJob, urls: Mapping[str, str]) -> list[Any]:
+        """The pictures of a finished job's samples as JSON values, one each, in order."""
         ...
 
     def render_output(self, job: training_job_pb2.TrainingJob, urls: Mapping[str, str]) -> Any:

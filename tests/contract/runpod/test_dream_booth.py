@@ -1,9 +1,5 @@
 """Inputs of dream-booth-v1 -> canonical specification, and jobs -> output."""
 
-import json
-import re
-from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +9,15 @@ from likeness.training.v1 import training_job_pb2 as pb
 from services.domain.errors import InvalidSpec
 from services.gateway.dialects.runpod import dream_booth_v1 as endpoint
 from services.gateway.dialects.runpod.parameters import Parameter
+from services.gateway.dialects.runpod.translation import MAX_DETAILS
+from tests.contract.runpod.tables import at, cases, edges
 
-HERE = Path(__file__).parent
 CONCEPT = {
     "instance_data": "https://files.example.org/rex.zip",
     "instance_prompt": "photo of zkw dog",
     "class_prompt": "photo of a dog",
 }
 SAMPLE = {"prompt": "zkw dog on the moon"}
-
-
-def cases(name: str) -> Any:
-    return json.loads((HERE / name).read_text())
 
 
 def input_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -38,25 +31,9 @@ def read(given: dict[str, Any]) -> Any:
     return endpoint.read_input(given, lambda: 4242)
 
 
-def at(message: Any, path: str) -> Any:
-    """The value at `samples[0].seed`; enumerations by name."""
-    *parents, last = re.split(r"\.", re.sub(r"\[(\d+)\]", r".\1", path))
-    holder = reduce(
-        lambda part, key: part[int(key)] if key.isdigit() else getattr(part, key), parents, message
-    )
-    value = getattr(holder, last)
-    kind = holder.DESCRIPTOR.fields_by_name[last].enum_type
-    return kind.values_by_number[value].name if kind else value
-
-
 ACCEPTED = cases("dream_booth_accepted.json")
 REFUSED = cases("dream_booth_refused.json")
-EDGES = [
-    (place, name, value, accepted)
-    for place, name, inside, outside in cases("dream_booth_edges.json")
-    for accepted, values in ((True, inside), (False, outside))
-    for value in values
-]
+EDGES = edges("dream_booth_edges.json")
 
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case["name"])
@@ -151,7 +128,7 @@ def test_faults_are_listed_up_to_a_limit() -> None:
                 "samples": [{"prompt": 1, "seed": "x", "num_outputs": 0, "scheduler": 2}] * 32,
             }
         )
-    assert len(caught.value.violations) == endpoint.MAX_DETAILS
+    assert len(caught.value.violations) == MAX_DETAILS
 
 
 def test_no_value_is_told_back() -> None:

@@ -11,10 +11,11 @@ from services.diffusion.drawing import Drawing, decode, draw, draw_latents, guid
 from services.diffusion.loading import Components, load_components
 from services.diffusion.samplers import SAMPLERS, build_sampler, model_calls
 from services.domain.errors import Diverged, InvalidSpec
+from services.domain.generation_spec import UNOFFERED_SCHEDULERS
 
 DRAWING = Drawing("a photo of a dog", "blurry", num_inference_steps=5, seed=11)
 NAMES = {value: pb.Scheduler.Name(value) for value in SAMPLERS}
-OWN_SAMPLERS = [pb.SCHEDULER_IPNDM, pb.SCHEDULER_KARRAS_VE, pb.SCHEDULER_SCORE_SDE_VE]
+OWN_SAMPLERS = sorted(UNOFFERED_SCHEDULERS)
 
 
 def by_pipeline(pipeline: Any, drawing: Drawing, output_type: str = "latent", **overrides: Any) -> Any:
@@ -102,6 +103,11 @@ def test_picture_agrees_with_the_plain_pipeline(components: Components, pipeline
     expected = numpy.asarray(by_pipeline(pipeline, DRAWING, "pil")[0]).astype(int)
     assert abs(ours - expected).max() <= 1
     assert (ours != expected).mean() < 0.01, "only levels that lie on the border of rounding"
+
+
+def test_every_scheduler_has_a_sampler_or_is_refused_with_the_request() -> None:
+    assert set(pb.Scheduler.values()) - {pb.SCHEDULER_UNSPECIFIED} == set(SAMPLERS) | UNOFFERED_SCHEDULERS
+    assert not set(SAMPLERS) & UNOFFERED_SCHEDULERS
 
 
 @pytest.mark.parametrize("scheduler", OWN_SAMPLERS, ids=pb.Scheduler.Name)

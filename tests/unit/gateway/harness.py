@@ -57,6 +57,13 @@ INPUT = {
     ],
     "samples": [{"prompt": "zkw dog on the moon", "num_outputs": 2, "seed": 11}],
 }
+CAPTIONED: dict[str, Any] = {
+    "train": {"data_url": "https://files.example.org/bikes.zip"},
+    "inference": {"prompt": "a red bike in snow", "num_outputs": 2, "seed": 11, "passback": "bike-1"},
+}
+DREAM_BOOTH, EVERYDREAM = "dream-booth-v1", "everydream-v1"
+INPUTS: dict[str, dict[str, Any]] = {DREAM_BOOTH: INPUT, EVERYDREAM: CAPTIONED}
+"""An input of each endpoint; both ask for two pictures with the seeds 11 and 12."""
 
 
 class FakeAccess(AccessServiceServicer):
@@ -171,16 +178,12 @@ class Behind:
     async def succeed(self, job_id: str) -> None:
         """Brings a queued job to its end, with the pictures that were asked for."""
         await self.run_to_training(job_id)
+        revision = await self.core.records.read(JobRef(JobKind.TRAIN, "first", job_id))
+        spec = revision.record.spec["samples"][0]
         pictures = []
         for position in range(2):
             key = f"picture-{job_id}-{position}"
             self.storage.blobs[key] = f"PNG {key} ".encode() * 200
-            spec = {
-                "prompt": "zkw dog on the moon",
-                "guidance_scale": 7.5,
-                "num_inference_steps": 50,
-                "scheduler": "SCHEDULER_DDIM",
-            }
             image = {"key": key, "seed": str(11 + position), "media_type": "image/png"}
             pictures.append({"sample_index": 0, "spec": spec, "image": image})
         await self.move(
@@ -232,14 +235,16 @@ class World:
         headers |= kwargs.pop("headers", {})
         return await self.http.request(method, path, headers=headers, **kwargs)
 
-    async def submit(self, version: str = "v2", key: str = KEY, **envelope: Any) -> str:
-        body = {"input": INPUT} | envelope
-        answer = await self.call("POST", f"/{version}/dream-booth-v1/run", key, json=body)
+    async def submit(
+        self, version: str = "v2", key: str = KEY, endpoint: str = DREAM_BOOTH, **envelope: Any
+    ) -> str:
+        body = {"input": INPUTS[endpoint]} | envelope
+        answer = await self.call("POST", f"/{version}/{endpoint}/run", key, json=body)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
 
-    async def status(self, job_id: str, version: str = "v2") -> dict[str, Any]:
-        answer = await self.call("GET", f"/{version}/dream-booth-v1/status/{job_id}")
+    async def status(self, job_id: str, version: str = "v2", endpoint: str = DREAM_BOOTH) -> dict[str, Any]:
+        answer = await self.call("GET", f"/{version}/{endpoint}/status/{job_id}")
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 

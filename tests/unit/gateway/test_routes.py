@@ -7,13 +7,24 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from likeness.training.v1.training_job_pb2 import RECIPE_EVERYDREAM
 
 from services.domain import life_cycle as life
 from services.domain.job import JobKind, JobRef
+from services.gateway.dialects.runpod import everydream_v1
 from services.gateway.limits import Limit, QueueLimit, RateLimiter
-from tests.unit.gateway.harness import INPUT, KEY, OTHER_KEY, World, gateway
-
-EP = "dream-booth-v1"
+from services.trainer.support import OF_OTHERS, honoured
+from tests.unit.gateway.harness import (
+    CAPTIONED,
+    EVERYDREAM,
+    INPUT,
+    INPUTS,
+    KEY,
+    OTHER_KEY,
+    World,
+    gateway,
+)
+from tests.unit.gateway.harness import DREAM_BOOTH as EP
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -44,6 +55,66 @@ async def test_the_whole_life_of_a_job(world: World) -> None:
     assert body["output"][0]["image"].startswith("http://likeness.test/files/token")
     assert body["output"][0]["image"].endswith("/0-0.png")
     assert {"delayTime", "executionTime", "workerId"} <= set(body)
+
+
+async def test_the_whole_life_of_a_captioned_training(world: World) -> None:
+    job_id = await world.submit("v1", endpoint=EVERYDREAM)
+    assert await world.status(job_id, "v1", EVERYDREAM) == {
+        "id": job_id,
+        "status": "IN_QUEUE",
+        "input": CAPTIONED,
+    }
+    await world.succeed(job_id)
+    output = (await world.status(job_id, endpoint=EVERYDREAM))["output"]
+    assert output["train"] == {}
+    assert [picture["seed"] for picture in output["inference"]] == [11, 12]
+    assert {picture["passback"] for picture in output["inference"]} == {"bike-1"}
+    picture = await world.call("GET", output["inference"][1]["image"], None)
+    assert picture.content.startswith(b"PNG picture-")
+    told = (await world.call("GET", f"/v2/{EVERYDREAM}/stream/{job_id}")).json()
+    assert [chunk["output"] for chunk in told["stream"]] == output["inference"]
+
+
+async def test_the_endpoints_have_queues_of_their_own(world: World) -> None:
+    booth, dream, doomed = [await world.submit(endpoint=name) for name in (EP, EVERYDREAM, EVERYDREAM)]
+    for job_id, other in ((booth, EVERYDREAM), (dream, EP)):
+        for method, operation in (
+            ("GET", "status"),
+            ("GET", "stream"),
+            ("POST", "cancel"),
+            ("POST", "retry"),
+        ):
+            answer = await world.call(method, f"/v2/{other}/{operation}/{job_id}")
+            assert (answer.status_code, answer.json()) == (404, {"error": "job not found"})
+    assert (await world.call("GET", f"/v2/{EVERYDREAM}/health")).json()["jobs"]["inQueue"] == 2
+    await world.fail(doomed)
+    retried = await world.call("POST", f"/v2/{EVERYDREAM}/retry/{doomed}")
+    assert retried.json() == {"id": doomed, "status": "IN_QUEUE"}
+    purged = await world.call("POST", f"/v2/{EVERYDREAM}/purge-queue", content=b"")
+    assert purged.json() == {"removed": 2, "status": "completed"}
+    assert (await world.status(booth))["status"] == "IN_QUEUE"
+
+
+UNUSUAL: dict[str, Any] = {
+    "ckpt_every_n_minutes": 20,
+    "save_optimizer": True,
+    "resume_ckpt_url": "https://models.example.org/a.safetensors",
+    "hf_repo_subfolder": "pipeline",
+}
+BEYOND_THE_TRAINER = {
+    row.name
+    for row in everydream_v1.TRAIN
+    if row.target and row.target not in honoured(RECIPE_EVERYDREAM) | OF_OTHERS.keys()
+}
+
+
+@pytest.mark.parametrize("name", sorted(BEYOND_THE_TRAINER))
+async def test_what_the_trainer_does_not_do_is_refused_by_the_callers_name(world: World, name: str) -> None:
+    repository = {"resume_ckpt_url": "https://models.example.org/a"} if name == "hf_repo_subfolder" else {}
+    given = {"train": {**CAPTIONED["train"], **repository, name: UNUSUAL[name]}}
+    answer = await world.call("POST", f"/v2/{EVERYDREAM}/run", json={"input": given})
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid input")
+    assert f"train.{name}: is not supported by the EveryDream recipe" in answer.json()["details"]
 
 
 async def test_polling_does_not_make_new_links(world: World) -> None:
@@ -125,7 +196,7 @@ async def test_the_key_is_checked_before_the_endpoint_and_this_before_the_body(w
     assert (answer.status_code, answer.json()) == (404, {"error": "endpoint not found"})
 
 
-@pytest.mark.parametrize("path", ["/v2/everydream-v1/run", "/v2/x/run"])
+@pytest.mark.parametrize("path", ["/v2/everydream-v2/run", "/v2/x/run"])
 async def test_unknown_endpoints_are_not_found(world: World, path: str) -> None:
     assert (await world.call("POST", path, json={"input": INPUT})).json() == {"error": "endpoint not found"}
 
@@ -536,28 +607,49 @@ async def test_alive_and_ready_are_two_things(world: World) -> None:
 async def test_the_description_is_openapi_and_its_examples_are_accepted(world: World) -> None:
     api = (await world.call("GET", "/openapi.json", None)).json()
     assert api["openapi"] == "3.1.0"
-    assert set(api["paths"]["/v2/dream-booth-v1/status/{id}"]) == {"get", "post"}
-    body = api["paths"]["/v2/dream-booth-v1/run"]["post"]["requestBody"]["content"]["application/json"]
-    assert (await world.call("POST", f"/v2/{EP}/run", json=body["example"])).status_code == 200
+    for endpoint in INPUTS:
+        assert set(api["paths"][f"/v2/{endpoint}/status/{{id}}"]) == {"get", "post"}
+        run = api["paths"][f"/v2/{endpoint}/run"]["post"]
+        example = run["requestBody"]["content"]["application/json"]["example"]
+        assert (await world.call("POST", f"/v2/{endpoint}/run", json=example)).status_code == 200
+        refusal = await world.call("POST", f"/v2/{endpoint}/run", json={"input": {"nonsense": 1}})
+        described = run["responses"]["400"]["content"]["application/json"]["example"]
+        assert (refusal.status_code, refusal.json()) == (400, described)
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
-async def test_described_bodies_have_the_keys_of_real_ones(world: World, version: str) -> None:
+async def test_operations_have_names_of_their_own(world: World) -> None:
     api = (await world.call("GET", "/openapi.json", None)).json()
-    root = f"/{version}/{EP}"
+    operations = [operation for path in api["paths"].values() for operation in path.values()]
+    names = [operation["operationId"] for operation in operations if "operationId" in operation]
+    assert names
+    assert len(names) == len(set(names))
 
-    def example(path: str, method: str) -> set[str]:
+
+@pytest.mark.parametrize("endpoint", INPUTS)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+async def test_described_bodies_have_the_keys_of_real_ones(world: World, version: str, endpoint: str) -> None:
+    api = (await world.call("GET", "/openapi.json", None)).json()
+    root = f"/{version}/{endpoint}"
+
+    def described(path: str, method: str) -> Any:
         answer = api["paths"][root + path][method]["responses"]["200"]
-        return set(answer["content"]["application/json"]["example"])
+        return answer["content"]["application/json"]["example"]
 
-    running, cancelled, done = await world.submit(), await world.submit(), await world.submit()
+    def shape(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shape(inner) for key, inner in value.items()}
+        return [shape(inner) for inner in value] if isinstance(value, list) else None
+
+    running, cancelled, done = [await world.submit(endpoint=endpoint) for _ in range(3)]
     await world.run_to_training(running)
     await world.succeed(done)
     gone = await world.call("POST", f"{root}/cancel/{cancelled}")
-    assert example("/status/{id}", "get") == set(await world.status(running, version))
-    assert example("/status-sync/{id}", "post") == set(await world.status(done, version))
-    assert example("/runsync", "post") == set(await world.status(done, version))
-    assert example("/cancel/{id}", "post") == set(gone.json())
+    finished = await world.status(done, version, endpoint)
+    assert set(described("/status/{id}", "get")) == set(await world.status(running, version, endpoint))
+    assert set(described("/status-sync/{id}", "post")) == set(finished)
+    assert set(described("/runsync", "post")) == set(finished)
+    assert shape(described("/runsync", "post")["output"]) == shape(finished["output"])
+    assert set(described("/cancel/{id}", "post")) == set(gone.json())
 
 
 async def test_every_described_path_exists_with_its_methods(world: World) -> None:

@@ -7,22 +7,31 @@ way round; strings and booleans never stand for numbers; unknown keys are left o
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from services.domain.addresses import parse_target
 from services.domain.errors import EgressRefused, Violation
 from services.domain.rules import Range
 
-Kind = Literal["integer", "number", "boolean", "text", "url", "choice"]
+Kind = Literal["integer", "number", "boolean", "text", "texts", "url", "choice", "seed"]
 
 _WORDS: dict[str, str] = {
     "integer": "must be an integer",
     "number": "must be a number",
     "boolean": "must be true or false",
     "text": "must be a string",
+    "texts": "must be a list of strings",
     "url": "must be a string with an http or https address",
     "choice": "must be a string",
+    "seed": "must be an integer",
 }
+_TYPES: dict[str, str] = {"number": "number", "boolean": "boolean", "texts": "array"} | dict.fromkeys(
+    ("integer", "seed"), "integer"
+)
+SEED_LIMIT = 2**32 - 1
+"""Largest seed that the dialect knows."""
+NO_CHOICES: Mapping[Any, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +40,17 @@ class Parameter:
 
     Attributes:
         name: the key.
-        kind: what its value must be.
+        kind: what its value must be; of a seed -1 asks for a random one.
         target: field of the canonical message it sets, or "" where the endpoint places it itself.
         meaning: one sentence for the reference.
         default: value that its absence stands for, for the reference.
         limit: allowed numbers.
-        choices: allowed strings and what they mean.
+        choices: allowed values and what they mean; empty: the value is meant as it stands.
         length: fewest and most characters of a text.
+        most: most elements of a list.
         required: it must be present and not null.
         aliases: further spellings, looked at in this order when the name itself is absent.
+        absence: a word that stands for the key's absence, as null does.
     """
 
     name: str
@@ -48,10 +59,12 @@ class Parameter:
     meaning: str
     default: Any = None
     limit: Range | None = None
-    choices: Mapping[str, int] = field(default_factory=dict)
+    choices: Mapping[Any, Any] = field(default_factory=lambda: NO_CHOICES)
     length: tuple[int, int] = (0, 8192)
+    most: int = 0
     required: bool = False
     aliases: tuple[str, ...] = ()
+    absence: str | None = None
 
     def spelling_in(self, given: Mapping[str, Any]) -> str:
         """The spelling that is present with a value other than null; the name itself when none is."""
@@ -61,26 +74,41 @@ class Parameter:
         """The rule that a value breaks, as a sentence part; "" when it breaks none."""
         if not self._has_kind(value):
             return _WORDS[self.kind]
+        if isinstance(value, list):
+            return self._check_texts(value)
         if isinstance(value, str):
             return self._check_text(value)
+        if self.choices and value not in self.choices:
+            return self._rule_of_choices()
         return "" if self.limit is None or self.limit.holds(value) else self.limit.rule
 
     def _has_kind(self, value: Any) -> bool:
         if self.kind == "boolean":
             return isinstance(value, bool)
+        if self.kind == "texts":
+            return isinstance(value, list) and all(isinstance(element, str) for element in value)
         if self.kind in ("text", "url", "choice"):
             return isinstance(value, str)
         if isinstance(value, bool):
             return False
-        if self.kind == "integer":
+        if self.kind in ("integer", "seed"):
             return isinstance(value, int)
         return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+    def _rule_of_choices(self) -> str:
+        return "must be one of " + ", ".join(str(choice) for choice in self.choices)
+
+    def _check_texts(self, value: Sequence[str]) -> str:
+        if len(value) > self.most:
+            return f"must have at most {self.most} elements"
+        faults = [(index, self._check_text(text)) for index, text in enumerate(value)]
+        return "; ".join(f"element {index} {fault}" for index, fault in faults if fault)
 
     def _check_text(self, value: str) -> str:
         if any("\ud800" <= character <= "\udfff" for character in value):
             return "must be valid Unicode"
         if self.kind == "choice":
-            return "" if value in self.choices else "must be one of " + ", ".join(self.choices)
+            return "" if value in self.choices else self._rule_of_choices()
         if self.kind == "url":
             return _check_address(value)
         least, most = self.length
@@ -90,17 +118,45 @@ class Parameter:
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of the value."""
-        kind = {"integer": "integer", "number": "number", "boolean": "boolean"}.get(self.kind, "string")
-        schema: dict[str, Any] = {"type": kind, "description": self.meaning}
+        schema: dict[str, Any] = {"type": _TYPES.get(self.kind, "string"), "description": self.meaning}
         if self.default is not None:
             schema["default"] = self.default
-        if self.choices:
+        if self.choices and self.kind != "boolean":
             schema["enum"] = list(self.choices)
-        if self.kind == "url":
+        if self.kind == "url" and self.absence is None:
             schema["format"] = "uri"
+        lengths = {"minLength": self.length[0], "maxLength": self.length[1]}
         if self.kind == "text":
-            schema |= {"minLength": self.length[0], "maxLength": self.length[1]}
+            schema |= lengths
+        if self.kind == "texts":
+            schema |= {"maxItems": self.most, "items": {"type": "string"} | lengths}
         return schema | _limits_of(self.limit)
+
+
+def integer(name: str, target: str, low: int, high: int, default: int | None, meaning: str) -> Parameter:
+    """A whole number between two others."""
+    return Parameter(name, "integer", target, meaning, default, Range(target, low, high))
+
+
+def number(name: str, target: str, limit: Range, default: float | None, meaning: str) -> Parameter:
+    """A number."""
+    return Parameter(name, "number", target, meaning, default, limit)
+
+
+def switch(
+    name: str,
+    target: str,
+    default: bool | None,
+    meaning: str,
+    choices: Mapping[bool, Any] = NO_CHOICES,
+) -> Parameter:
+    """True or false; `choices` where that means something else in canonical words."""
+    return Parameter(name, "boolean", target, meaning, default, choices=choices)
+
+
+def seed(target: str, default: int | None, meaning: str) -> Parameter:
+    """A seed that may be -1."""
+    return Parameter("seed", "seed", target, meaning, default, Range(target, -1, SEED_LIMIT))
 
 
 def _check_address(value: str) -> str:
@@ -158,7 +214,7 @@ def read_object(
         name = row.spelling_in(given)
         reading.spelled[row.name] = name
         value = given.get(name)
-        if value is None:
+        if value is None or (row.absence is not None and value == row.absence):
             if row.required:
                 reading.faults.append(Violation(path + name, "is required"))
             continue
