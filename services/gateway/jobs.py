@@ -18,7 +18,7 @@ from likeness.training.v1 import training_job_pb2
 from likeness.training.v1 import training_service_pb2 as pb
 
 from services.adapters.telemetry import current_trace
-from services.domain.errors import LikenessError, NotFound, QueueFull, Unavailable, WrongState
+from services.domain.errors import InvalidSpec, LikenessError, NotFound, QueueFull, Unavailable, WrongState
 from services.domain.job import LONGEST_RETENTION_MS
 from services.gateway.dialects.base import FINAL_STATES, Submission
 from services.gateway.limits import QueueLimit
@@ -131,7 +131,7 @@ class Jobs:
         """Admits a training.
 
         Raises:
-            InvalidSpec: the service found a fault that the dialect could not know of.
+            InvalidSpec: the service found a fault that the dialect could not know of; in the caller's spelling.
             QueueFull, Unavailable: not now.
         """
         labels = {**new.labels, **_ignored_label(new.submission)}
@@ -142,7 +142,10 @@ class Jobs:
             spec=new.submission.spec,
             options=options,
         )
-        response = await self._training.CreateTrainingJob(request, timeout=CALL_TIMEOUT_S)
+        try:
+            response = await self._training.CreateTrainingJob(request, timeout=CALL_TIMEOUT_S)
+        except InvalidSpec as error:
+            raise new.submission.respelled(error) from error
         if new.submission.ignored:
             extra = {"job_id": new.job_id, "keys": options.origin.labels["ignored_keys"]}
             logger.info("unknown keys ignored", extra=extra)

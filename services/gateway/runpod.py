@@ -202,8 +202,9 @@ class RunpodApi:
         """More to come beyond this answer means IN_PROGRESS: clients stop at the first final status."""
         chunks: list[object] = [{"progress": wire.progress_body(report)} for report in batch.progress]
         if batch.pictures:
-            output = await self._output(batch.job, context.call.base_url, context.endpoint)
-            chunks += output[batch.pictures.start : batch.pictures.stop]
+            urls = await self._urls(batch.job, context.call.base_url, context.endpoint)
+            pictures = context.endpoint.render_pictures(batch.job, urls)
+            chunks += pictures[batch.pictures.start : batch.pictures.stop]
         status = "IN_PROGRESS" if batch.more else wire.status_of(batch.job)
         return wire.stream_body(batch.job.job_id, status, chunks)
 
@@ -216,10 +217,13 @@ class RunpodApi:
 
     async def _output(
         self, job: training_job_pb2.TrainingJob, base_url: str, endpoint: TrainingEndpoint
-    ) -> list[object]:
-        urls = await self._links.urls(job.project_id, endpoint.files_of(job), base_url)
-        output: list[object] = endpoint.render_output(job, urls)
-        return output
+    ) -> object:
+        return endpoint.render_output(job, await self._urls(job, base_url, endpoint))
+
+    async def _urls(
+        self, job: training_job_pb2.TrainingJob, base_url: str, endpoint: TrainingEndpoint
+    ) -> Mapping[str, str]:
+        return await self._links.urls(job.project_id, endpoint.files_of(job), base_url)
 
     # --- steering --------------------------------------------------------------------------------------------
 
