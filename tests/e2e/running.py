@@ -78,24 +78,26 @@ class Platform(launcher.Platform):
         """An HTTP call with the development key."""
         return self.http.request(method, path, headers={"Authorization": f"Bearer {self.api_key}"}, **kwargs)
 
-    def submit(self, request: Mapping[str, Any], version: str = "v2") -> str:
-        answer = self.call("POST", f"/{version}/dream-booth-v1/run", json=request)
+    def submit(
+        self, request: Mapping[str, Any], version: str = "v2", endpoint: str = "dream-booth-v1"
+    ) -> str:
+        answer = self.call("POST", f"/{version}/{endpoint}/run", json=request)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
 
-    def status(self, job_id: str, version: str = "v2") -> dict[str, Any]:
-        answer = self.call("GET", f"/{version}/dream-booth-v1/status/{job_id}")
+    def status(self, job_id: str, version: str = "v2", endpoint: str = "dream-booth-v1") -> dict[str, Any]:
+        answer = self.call("GET", f"/{version}/{endpoint}/status/{job_id}")
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
-    def wait(self, job_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
+    def wait(self, job_id: str, timeout_s: float = 120.0, endpoint: str = "dream-booth-v1") -> dict[str, Any]:
         """Polls until the job has ended, through refused connections; returns its last status."""
         last: dict[str, Any] = {}
 
         def ended() -> bool:
             nonlocal last
             with contextlib.suppress(httpx.HTTPError, AssertionError):
-                last = self.status(job_id)
+                last = self.status(job_id, endpoint=endpoint)
             return last.get("status") in FINAL
 
         try:
