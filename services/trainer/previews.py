@@ -14,6 +14,7 @@ from likeness.inference.v1 import generation_job_pb2
 from PIL import Image
 from torch import nn
 
+from services.diffusion.devices import as_device_memory_error
 from services.diffusion.drawing import Drawing, draw
 from services.domain.errors import Diverged
 from services.trainer.moving_average import MovingAverage
@@ -61,7 +62,10 @@ class Previews:
         return has_round and (self._drawn if self._step == update else 0) < len(spec.preview_prompts)
 
     def draw_next(self, update: int, observer: Observer) -> None:
-        """Draws the next picture that is due and tells it; one that is not finite is left out with a remark."""
+        """Draws the next picture that is due and tells it.
+
+        One that is not finite, or for which the device has no memory left, is left out with a remark.
+        """
         if self._step != update:
             self._step, self._drawn = update, 0
         index, self._drawn = self._drawn, self._drawn + 1
@@ -69,8 +73,11 @@ class Previews:
         preview = Preview(self._run.preview_folder, update, index, spec.seed, spec.resolution)
         try:
             image = self._draw(index)
-        except Diverged as error:
-            self._remark(f"there is no {preview.name}: {error}")
+        except Exception as error:
+            known = error if isinstance(error, Diverged) else as_device_memory_error(error)
+            if known is None:
+                raise
+            self._remark(f"there is no {preview.name}: {known}")
             return
         if image.getbbox() is None:
             self._remark(f"{preview.name} is black all over")

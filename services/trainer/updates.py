@@ -40,7 +40,7 @@ from services.trainer.optim import (
 )
 from services.trainer.previews import Previews
 from services.trainer.randomness import Purpose, library_seed
-from services.trainer.report import versions_of
+from services.trainer.report import prompt_remarks, versions_of
 from services.trainer.run import Ending, Observer, Progress, Request, Run
 from services.trainer.schedules import learning_rates, own_steps
 from services.trainer.trained_model import TrainedModel
@@ -397,7 +397,8 @@ class UpdateLoop:
     def remarks(self) -> list[str]:
         """Returns what was remarkable about losses and weights."""
         numbers = remarks(self.counters.spikes, self.counters.largest_change, self._watch.drift())
-        return self._start_remarks + numbers + self._previews.remarks
+        prompts = prompt_remarks(self._conditioner, self._run.spec.preview_prompts)
+        return self._start_remarks + numbers + prompts + self._previews.remarks
 
     def report(self) -> dict[str, Any]:
         """Returns what the loop has counted and measured, as JSON values for the report of the run."""

@@ -1,8 +1,11 @@
 """Pictures drawn while training: which, of what, and that they leave no trace in the weights."""
 
+import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from likeness.training.v1 import training_job_pb2 as pb
 from PIL import Image
 
 from services.diffusion.drawing import Drawing, draw
-from services.diffusion.loading import load_components
+from services.diffusion.loading import Components, load_components
 from services.domain.errors import Diverged, InvalidSpec
 from services.trainer import previews
 from services.trainer.export import assemble
@@ -26,6 +29,7 @@ from tests.unit.trainer.harness import (
     complete_spec,
     pictures_of,
     same_bits,
+    spying,
 )
 
 PROMPTS = ["a photo of sks dog", "sks dog on the moon"]
@@ -79,9 +83,10 @@ class Interrupting(Recorder):
         ("dreambooth", {}),
         ("dreambooth", {"ema_decay": 0.5, "gradient_checkpointing": True}),
         ("dreambooth", LORA),
+        ("dreambooth", {**LORA, "mixed_precision": pb.MIXED_PRECISION_BF16}),
         ("everydream", {}),
     ],
-    ids=["dreambooth", "dreambooth averaged", "dreambooth lora", "everydream"],
+    ids=["dreambooth", "dreambooth averaged", "dreambooth lora", "dreambooth lora bf16", "everydream"],
 )
 def test_previews_checkpoints_and_logging_change_no_weight(
     recipe: str, values: Mapping[str, Any], bench: Bench, caplog: pytest.LogCaptureFixture
@@ -106,9 +111,7 @@ def published(trained: Trained) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.parametrize(
-    "values", [{}, {"ema_decay": 0.5}, {"clip_skip": 2}, LORA], ids=["plain", "averaged", "clip skip", "lora"]
-)
+@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.5}, LORA], ids=["plain", "averaged", "lora"])
 def test_the_last_preview_is_what_the_published_model_draws(values: Mapping[str, Any], bench: Bench) -> None:
     trained = train_plain(bench, "run", preview_prompts=PROMPTS[1:], learning_rate=0.02, **values)
     folder = bench.folder / "published"
@@ -119,7 +122,6 @@ def test_the_last_preview_is_what_the_published_model_draws(values: Mapping[str,
         height_px=RESOLUTION,
         num_inference_steps=20,
         guidance_scale=7.5,
-        clip_skip=max(1, trained.run.spec.clip_skip),
         seed=7,
     )
     expected = draw(load_components(folder, torch.float32, torch.device("cpu")), wanted)
@@ -128,6 +130,32 @@ def test_the_last_preview_is_what_the_published_model_draws(values: Mapping[str,
     with Image.open(preview.file) as picture:
         assert difference(picture, expected) <= 1, "rounding of a merged adapter may move a level"
         assert difference(picture, before) > 8, "the training changes this picture"
+
+
+def test_previews_read_the_layer_that_the_training_reads_and_end_without_signal_where_it_does(
+    bench: Bench,
+) -> None:
+    seen: list[tuple[Components, Drawing]] = []
+    folder = with_velocity(bench)
+    with spying(previews, "draw", lambda components, drawing: seen.append((components, drawing))):
+        for name, values in {"plain": {}, "other": {"clip_skip": 2, "zero_terminal_snr": True}}.items():
+            spec = complete_spec(max_train_steps=1, preview_prompts=PROMPTS[:1], **values)
+            bench.train(spec, name=name, model_folder=folder)
+    assert [drawing.clip_skip for _, drawing in seen] == [1, 2]
+    assert [components.scheduler_config.get("rescale_betas_zero_snr") for components, _ in seen] == [
+        None,
+        True,
+    ]
+    assert {drawing.prompt for _, drawing in seen} == {PROMPTS[0]}
+
+
+def with_velocity(bench: Bench) -> Path:
+    """A copy of the model that predicts velocity."""
+    folder = bench.folder / "velocity"
+    shutil.copytree(bench.model_folder, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    return folder
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:
@@ -175,17 +203,40 @@ def test_a_resumed_run_may_have_other_previews(bench: Bench) -> None:
     assert drawn(resumed) == [(2, 0), (3, 0)]
 
 
-def test_a_preview_that_is_not_finite_is_remarked_upon_and_the_training_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Diverged("the model's output is not finite"), "the model's output is not finite"),
+        (torch.OutOfMemoryError("tried to allocate"), "the device's memory is too small"),
+    ],
+    ids=["not finite", "no memory"],
+)
+def test_a_preview_that_cannot_be_drawn_is_remarked_upon_and_the_training_goes_on(
+    fault: Exception, words: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Image.Image:
-        raise Diverged("the model's output is not finite")
+        raise fault
 
     monkeypatch.setattr(previews, "draw", broken)
     trained = train_plain(bench, "run", preview_prompts=PROMPTS[:1])
     assert trained.outcome.step == 3
     assert drawn(trained) == []
-    assert "there is no preview-000003-1.png: the model's output is not finite" in trained.outcome.warnings
+    (remark,) = [text for text in trained.outcome.warnings if text.startswith("there is no preview")]
+    assert remark.startswith(f"there is no preview-000003-1.png: {words}")
+
+
+def test_a_fault_of_the_program_is_not_passed_over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Image.Image:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(previews, "draw", broken)
+    with pytest.raises(ZeroDivisionError):
+        train_plain(bench, "run", preview_prompts=PROMPTS[:1])
+
+
+def test_a_preview_prompt_that_is_too_long_is_remarked_upon(bench: Bench) -> None:
+    trained = train_plain(bench, "run", preview_prompts=["sks dog " * 60])
+    assert any("is too long" in text for text in trained.outcome.warnings)
 
 
 def test_a_black_preview_is_kept_and_remarked_upon(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
