@@ -56,7 +56,7 @@ EMBEDDED_WEIGHTS: Final = Path(__file__).resolve().parents[2] / "models" / EMBED
 
 
 class EntryDefaults(BaseModel):
-    """What suits trainings that start from a model, for clients to propose; 0: no opinion."""
+    """What suits trainings that start from a model, for clients and dialects to ask for; 0: no opinion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -36,8 +36,8 @@ _HEAD: Final = f"""\
 Every field of `{SPECIFICATION}` (protos/{FILE}): what it does with its unit,
 range and default, which recipes honour it, and the test that fails when they do not; tests are named with their file
 in tests/unit/trainer. "Others" act on a field before or after the recipe. A field that is "refused" ends a request with
-its name, unless it is left at zero; so does a field of one recipe in a request for another. Over HTTP `dream-booth-v1`
-offers some of these fields under names of its own (`/docs`).
+its name, unless it is left at zero; so does a field of one recipe in a request for another. The HTTP endpoints offer
+some of these fields under names of their own (`/docs`).
 
 This page is generated: `python -m tests.unit.trainer.parameters_page > docs/parameters.md`.
 """
