@@ -1,6 +1,8 @@
 """What a user of the `runpod` package writes; run as a program, writes what it saw as JSON lines.
 
-Usage: RUNPOD_ENDPOINT_BASE_URL=... client_sync.py KEY
+Usage: RUNPOD_ENDPOINT_BASE_URL=... client_sync.py KEY ENDPOINT INPUT HELD
+
+INPUT is what to submit, HELD the same for a job that stays in the queue; both as JSON.
 """
 
 import json
@@ -9,17 +11,6 @@ from typing import Any
 
 import runpod
 from runpod.endpoint.runner import Job, RunPodClient
-
-INPUT = {
-    "concepts": [
-        {
-            "instance_data": "https://files.example.org/rex.zip",
-            "instance_prompt": "photo of zkw dog",
-            "class_prompt": "photo of a dog",
-        }
-    ],
-    "samples": [{"prompt": "zkw dog on the moon", "num_outputs": 2, "seed": 11}],
-}
 
 
 def say(name: str, value: Any) -> None:
@@ -34,32 +25,32 @@ def refused(call: Any) -> str:
     return "nothing was raised"
 
 
-def main(key: str) -> None:
+def main(key: str, name: str, given: Any, held_input: Any) -> None:
     runpod.api_key = key
-    endpoint = runpod.Endpoint("dream-booth-v1")
+    endpoint = runpod.Endpoint(name)
 
-    job = endpoint.run({"input": INPUT})
+    job = endpoint.run({"input": given})
     say("id", job.job_id)
     say("first status", job.status())
     say("output", job.output(timeout=30))
     say("last status", job.status())
 
-    say("run_sync", endpoint.run_sync(INPUT, timeout=30))
-    say("stream", list(endpoint.run(INPUT | {"num_train_epochs": 7}).stream()))
+    say("run_sync", endpoint.run_sync(given, timeout=30))
+    say("stream", list(endpoint.run(given).stream()))
 
-    held = endpoint.run(INPUT | {"max_train_steps": 99999})
+    held = endpoint.run(held_input)
     say("cancel", held.cancel())
     say("cancelled", held.status())
 
-    endpoint.run(INPUT | {"max_train_steps": 99999})
+    endpoint.run(held_input)
     say("purge", endpoint.purge_queue())
     say("health", endpoint.health())
 
     say("bad input", refused(lambda: endpoint.run({"samples": []})))
-    say("unknown job", refused(lambda: Job("dream-booth-v1", "no-such", RunPodClient(key)).status()))
-    say("unknown endpoint", refused(lambda: runpod.Endpoint("no-such").run(INPUT)))
-    say("wrong key", refused(lambda: runpod.Endpoint("dream-booth-v1", api_key="wrong").run(INPUT)))
+    say("unknown job", refused(lambda: Job(name, "no-such", RunPodClient(key)).status()))
+    say("unknown endpoint", refused(lambda: runpod.Endpoint("no-such").run(given)))
+    say("wrong key", refused(lambda: runpod.Endpoint(name, api_key="wrong").run(given)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4]))

@@ -15,11 +15,24 @@ import uvicorn
 
 from services.domain.ports import Revision
 from services.gateway.app import create_app
-from tests.unit.gateway.harness import INPUT, KEY, World, gateway
+from tests.unit.gateway.harness import (
+    CAPTIONED,
+    DREAM_BOOTH,
+    EVERYDREAM,
+    INPUT,
+    INPUTS,
+    KEY,
+    World,
+    gateway,
+)
 
 HERE = Path(__file__).parent
-NEVER_TAKEN = 99_999
-"""Steps of the jobs that the stand-in for a trainer leaves in the queue."""
+HELD_SEED = 99_999
+"""Seed of the jobs that the stand-in for a trainer leaves in the queue."""
+HELD = {
+    DREAM_BOOTH: INPUT | {"seed": HELD_SEED},
+    EVERYDREAM: CAPTIONED | {"train": CAPTIONED["train"] | {"seed": HELD_SEED}},
+}
 
 
 async def work(world: World) -> None:
@@ -28,7 +41,7 @@ async def work(world: World) -> None:
         async for item in world.platform.job_feed.follow():
             if not isinstance(item, Revision) or item.record.state != "QUEUED":
                 continue
-            if item.record.spec.get("max_train_steps") != NEVER_TAKEN:
+            if int(item.record.spec["seed"]) != HELD_SEED:
                 group.create_task(finish(world, item.record.id))
 
 
@@ -55,13 +68,16 @@ async def serving(world: World) -> AsyncIterator[str]:
     listener.close()
 
 
-async def run_client(program: str, base_url: str) -> dict[str, Any]:
+async def run_client(program: str, base_url: str, endpoint: str = DREAM_BOOTH) -> dict[str, Any]:
     """Runs a program of this folder; what it said, by name."""
     environment = os.environ | {"RUNPOD_ENDPOINT_BASE_URL": base_url, "RUNPOD_LOG_LEVEL": "ERROR"}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(HERE / program),
         KEY,
+        endpoint,
+        json.dumps(INPUTS[endpoint]),
+        json.dumps(HELD[endpoint]),
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -80,15 +96,22 @@ async def platform() -> AsyncIterator[str]:
         await asyncio.gather(working, return_exceptions=True)
 
 
+def pictures_of(output: Any) -> Any:
+    return output["inference"] if isinstance(output, dict) else output
+
+
 def check_pictures(output: Any, base_url: str) -> None:
-    assert [picture["seed"] for picture in output] == [11, 12]
-    assert all(picture["image"].startswith(f"{base_url}/files/") for picture in output)
+    pictures = pictures_of(output)
+    assert [picture["seed"] for picture in pictures] == [11, 12]
+    assert all(picture["image"].startswith(f"{base_url}/files/") for picture in pictures)
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
-async def test_the_synchronous_client_does_all_it_can(version: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "endpoint"), [("v1", DREAM_BOOTH), ("v2", DREAM_BOOTH), ("v2", EVERYDREAM)]
+)
+async def test_the_synchronous_client_does_all_it_can(version: str, endpoint: str) -> None:
     async with platform() as url:
-        said = await run_client("client_sync.py", f"{url}/{version}")
+        said = await run_client("client_sync.py", f"{url}/{version}", endpoint)
         assert said["first status"] in ("IN_QUEUE", "IN_PROGRESS")
         check_pictures(said["output"], url)
         assert said["last status"] == "COMPLETED"
@@ -104,13 +127,14 @@ async def test_the_synchronous_client_does_all_it_can(version: str) -> None:
         assert said["unknown job"].startswith("HTTPError: 404")
         assert said["unknown endpoint"].startswith("HTTPError: 404")
         assert said["wrong key"].startswith("RuntimeError: 401")
-        picture = await fetched(said["output"][0]["image"])
+        picture = await fetched(pictures_of(said["output"])[0]["image"])
         assert picture.startswith(b"PNG picture-")
 
 
-async def test_the_asynchronous_client_does_all_it_can() -> None:
+@pytest.mark.parametrize("endpoint", INPUTS)
+async def test_the_asynchronous_client_does_all_it_can(endpoint: str) -> None:
     async with platform() as url:
-        said = await run_client("client_async.py", f"{url}/v2")
+        said = await run_client("client_async.py", f"{url}/v2", endpoint)
         assert said["first status"] in ("IN_QUEUE", "IN_PROGRESS")
         check_pictures(said["output"], url)
         assert said["last status"] == "COMPLETED"
@@ -155,17 +179,31 @@ async def finish_after(world: World, job_id: str, seconds: float) -> None:
     await world.succeed(job_id)
 
 
-async def test_the_pages_own_curl_call_works() -> None:
-    """The call of the endpoint's page, another host in it."""
-    curl = """{"input": {"concepts": [
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        (
+            DREAM_BOOTH,
+            """{"input": {"concepts": [
         {"instance_data": "https://LINK_TO_ZIP.FILE",
         "instance_prompt": "a unique 123xyz concept name",
         "class_prompt": "a thing doing something"}
-        ], "samples": [{"prompt": "a unique 123xyz concept name as a superhero"}]}}"""
+        ], "samples": [{"prompt": "a unique 123xyz concept name as a superhero"}]}}""",
+        ),
+        (
+            EVERYDREAM,
+            """{"input": {"train": {"data_url": "https://LINK_TO_ZIP.FILE"},
+    "inference": {"prompt": "a unique 123xyz concept name as a superhero"}}}""",
+        ),
+    ],
+    ids=[DREAM_BOOTH, EVERYDREAM],
+)
+async def test_the_pages_own_curl_call_works(endpoint: str, body: str) -> None:
+    """The call of the endpoint's page, another host in it."""
     async with platform() as url:
         process = await asyncio.create_subprocess_exec(
-            "curl", "-sS", "-X", "POST", f"{url}/v1/dream-booth-v1/run",
-            "-H", "Content-Type: application/json", "-H", f"Authorization: Bearer {KEY}", "-d", curl,
+            "curl", "-sS", "-X", "POST", f"{url}/v1/{endpoint}/run",
+            "-H", "Content-Type: application/json", "-H", f"Authorization: Bearer {KEY}", "-d", body,
             stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         output, _ = await process.communicate()
