@@ -25,7 +25,7 @@ from services.domain.errors import (
 from services.domain.job import ID_PATTERN
 from services.gateway.auth import Authenticator, Caller
 from services.gateway.calls import BodyTooLarge, reference_of
-from services.gateway.dialects.base import FINAL_STATES, Answer, JobView, TrainingEndpoint
+from services.gateway.dialects.base import FINAL_STATES, Answer, JobView, Submission, TrainingEndpoint
 from services.gateway.dialects.runpod import envelope as wire
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs, NewJob, Origin, given_input, new_job_id
@@ -212,7 +212,7 @@ class RunpodApi:
         output = None
         if job.state == job_pb2.JOB_STATE_SUCCEEDED:
             output = await self._output(job, context.call.base_url, context.endpoint)
-        view = JobView(job, _now_ms(), given=given_input(job))
+        view = _view_of(job, context.endpoint)
         return Answer(200, wire.status_body(view, context.call.version, output))
 
     async def _output(
@@ -270,8 +270,27 @@ class RunpodApi:
         if job.state == job_pb2.JOB_STATE_SUCCEEDED:
             output = await self._output(job, public_url or labels.get("base_url", ""), endpoint)
         version: wire.Version = "v1" if labels.get("version") == "v1" else "v2"
-        view = JobView(job, _now_ms(), given=given_input(job))
+        view = _view_of(job, endpoint)
         return json.dumps(wire.webhook_body(view, version, output, job.options.webhook.url)).encode()
+
+
+def _view_of(job: training_job_pb2.TrainingJob, endpoint: TrainingEndpoint) -> JobView:
+    """A job as its caller sees it, with the field that is to blame in his spelling."""
+    given = given_input(job)
+    if job.error.field and isinstance(given, dict):
+        with contextlib.suppress(InvalidSpec):  # what was kept of a long input, or what an older version took
+            job.error.CopyFrom(_respelled(job.error, endpoint.read_input(given, _draw_seed)))
+    return JobView(job, _now_ms(), given=given)
+
+
+def _respelled(error: job_pb2.JobError, submission: Submission) -> job_pb2.JobError:
+    name = submission.caller_path(error.field)
+    told = job_pb2.JobError()
+    told.CopyFrom(error)
+    told.field = name
+    if error.message.startswith(error.field):
+        told.message = name + error.message.removeprefix(error.field)
+    return told
 
 
 def internal_answer(error: BaseException) -> Answer:

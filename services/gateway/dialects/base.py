@@ -31,10 +31,10 @@ class Submission:
     def respelled(self, error: InvalidSpec) -> InvalidSpec:
         """The same faults of `spec` in the caller's spelling."""
         faults = error.violations
-        return type(error)([Violation(self._caller_path(fault.field), fault.rule) for fault in faults])
+        return type(error)([Violation(self.caller_path(fault.field), fault.rule) for fault in faults])
 
-    def _caller_path(self, path: str) -> str:
-        """Of a field that has no spelling of its own the part that has one is respelled."""
+    def caller_path(self, path: str) -> str:
+        """What the caller calls a field; where it has no spelling of its own, the part that has one is respelled."""
         known = path
         while known and known not in self.spelled:
             known = known[: max(known.rfind("."), known.rfind("["), 0)]

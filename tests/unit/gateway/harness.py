@@ -192,8 +192,13 @@ class Behind:
             lambda record, now: life.finish(record, {"model": job_id, "samples": pictures}, "", now),
         )
 
-    async def fail(self, job_id: str, message: str = "no picture could be read") -> None:
-        failure = JobFailure("BAD_INPUT", message, "concepts[0].instance_data")
+    async def fail(
+        self,
+        job_id: str,
+        message: str = "no picture could be read",
+        field: str = "concepts[0].instance_data",
+    ) -> None:
+        failure = JobFailure("BAD_INPUT", message, field)
         await self.move(job_id, life.begin_preparing, lambda record, now: life.fail(record, failure, now))
 
     async def report(self, job_id: str, step: int, total: int = 10) -> None:
@@ -254,8 +259,8 @@ class World:
     async def succeed(self, job_id: str) -> None:
         await self.behind.succeed(job_id)
 
-    async def fail(self, job_id: str, message: str = "no picture could be read") -> None:
-        await self.behind.fail(job_id, message)
+    async def fail(self, job_id: str, *failure: str) -> None:
+        await self.behind.fail(job_id, *failure)
 
     async def report(self, job_id: str, step: int, total: int = 10) -> None:
         await self.behind.report(job_id, step, total)

@@ -133,6 +133,25 @@ async def test_a_failed_job_says_why_in_one_sentence(world: World) -> None:
     assert body["error"] == "concepts[0].instance_data: no picture could be read"
 
 
+@pytest.mark.parametrize(
+    ("field", "message", "told"),
+    [
+        ("clip_skip", "the model has 2 layers", "train.clip_skip: the model has 2 layers"),
+        ("clip_skip", "clip_skip: is beyond the model", "train.clip_skip: is beyond the model"),
+        ("samples[0].num_images", "is too many", "inference.num_outputs: is too many"),
+        ("train.data_url", "no picture could be read", "train.data_url: no picture could be read"),
+        ("base_model", "there is no model 'x'", "base_model: there is no model 'x'"),
+        ("", "the base model is damaged", "the base model is damaged"),
+    ],
+)
+async def test_what_ends_a_job_is_told_by_the_callers_name(
+    world: World, field: str, message: str, told: str
+) -> None:
+    job_id = await world.submit(endpoint=EVERYDREAM)
+    await world.fail(job_id, message, field)
+    assert (await world.status(job_id, endpoint=EVERYDREAM))["error"] == told
+
+
 async def test_a_long_input_is_echoed_as_it_was_sent(world: World) -> None:
     sample = {"prompt": "zkw dog " * 100, "negative_prompt": "x" * 900}
     given = INPUT | {"samples": [sample] * 32}
