@@ -277,7 +277,16 @@ class GatewaySettings(
         True, "Any web page may call the stablediffusionapi dialect and read pictures from a browser."
     )
     sdapi_jobs_at_once: int = setting(
-        10, "Trainings that a project may have under way through the stablediffusionapi dialect.", ge=1
+        10,
+        "Trainings, and drawings, that a project may have under way through the stablediffusionapi dialect.",
+        ge=1,
+        le=200,
+    )
+    sdapi_sync_wait_s: float = setting(
+        50.0,
+        "How long the stablediffusionapi dialect holds a request for pictures before it says where to ask again.",
+        unit="s",
+        ge=0,
     )
 
 

@@ -101,6 +101,7 @@ def create_app(parts: Parts) -> ASGIApp:
 def _add_sdapi(app: FastAPI, parts: Parts, sdapi: SdapiApi) -> None:
     for path, operation in ROUTES.items():
         _add(app, path, _sdapi_handler(parts, sdapi, operation), ["POST"])
+    _add(app, "/generations/{project}/{id}/{name}", _picture_handler(parts, sdapi), ["GET", "HEAD"])
 
 
 def _add(
@@ -204,21 +205,42 @@ def _base_url(parts: Parts, request: Request) -> str:
 
 def _file_handler(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
-        token, name = request.path_params["token"], request.path_params["name"]
-        with_body = request.method == "GET"
-        try:
-            file = await open_file(parts.storage, token, name, dict(request.headers), with_body)
-        except LikenessError as error:
-            return _json(wire.error_answer(error, "file"))
-        except Exception as error:
-            return _json(internal_answer(error))
-        if file.status == 416:
-            return _json(Answer(416, {"error": "range not satisfiable"}, file.headers))
-        if file.body is None:
-            return Response(status_code=file.status, headers=dict(file.headers))
-        return StreamingResponse(file.body, status_code=file.status, headers=dict(file.headers))
+        return await _file(parts, request, request.path_params["token"], request.path_params["name"])
 
     return handle
+
+
+def _picture_handler(parts: Parts, sdapi: SdapiApi) -> Callable[[Request], Awaitable[Response]]:
+    """Pictures under names that were promised before they were drawn."""
+
+    async def handle(request: Request) -> Response:
+        found = request.path_params
+        try:
+            link = await sdapi.picture(found["project"], found["id"], found["name"])
+        except LikenessError as error:
+            return _json(wire.error_answer(error, "picture"))
+        except Exception as error:
+            return _json(internal_answer(error))
+        token, name = link.rsplit("/", 2)[-2:]
+        return await _file(parts, request, token, name)
+
+    return handle
+
+
+async def _file(parts: Parts, request: Request, token: str, name: str) -> Response:
+    """The file behind a link, whole or in part."""
+    with_body = request.method == "GET"
+    try:
+        file = await open_file(parts.storage, token, name, dict(request.headers), with_body)
+    except LikenessError as error:
+        return _json(wire.error_answer(error, "file"))
+    except Exception as error:
+        return _json(internal_answer(error))
+    if file.status == 416:
+        return _json(Answer(416, {"error": "range not satisfiable"}, file.headers))
+    if file.body is None:
+        return Response(status_code=file.status, headers=dict(file.headers))
+    return StreamingResponse(file.body, status_code=file.status, headers=dict(file.headers))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -317,8 +317,8 @@ def _job(response: Any) -> training_job_pb2.TrainingJob:
     return job
 
 
-def given_input(job: training_job_pb2.TrainingJob) -> Any:
-    """The caller's input as it was sent; None when none was kept."""
+def given_input(job: training_job_pb2.TrainingJob | generation_job_pb2.GenerationJob) -> Any:
+    """What was kept of the caller's input; None when nothing was."""
     text = job.options.origin.request_json
     return json.loads(text) if text else None
 

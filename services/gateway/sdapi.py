@@ -8,33 +8,40 @@ import json
 import secrets
 import string
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from likeness.inference.v1 import generation_job_pb2
 from likeness.job.v1 import job_pb2
 from likeness.storage.v1 import model_pb2
 from likeness.training.v1 import training_job_pb2
 
 from services.adapters.storage_client import StorageClient
 from services.domain.errors import (
+    AlreadyExists,
     InvalidSpec,
     LikenessError,
     NotFound,
     QueueFull,
     Unauthenticated,
+    Unavailable,
     WrongState,
     row_of,
 )
 from services.domain.job import ID_PATTERN
 from services.gateway.auth import Authenticator, Caller
 from services.gateway.calls import BodyTooLarge, reference_of
-from services.gateway.dialects.base import Answer
+from services.gateway.dialects.base import Answer, File
+from services.gateway.dialects.sdapi import drawing as pictures
 from services.gateway.dialects.sdapi import envelope as wire
+from services.gateway.dialects.sdapi import schedulers
 from services.gateway.dialects.sdapi import training as trainings
-from services.gateway.dialects.sdapi.values import YES
+from services.gateway.dialects.sdapi.values import NULLISH, YES
+from services.gateway.drawings import Drawings, NewDrawing
 from services.gateway.files import Links
-from services.gateway.jobs import Jobs, NewJob, Origin
+from services.gateway.jobs import Jobs, NewJob, Origin, given_input
 from services.gateway.limits import SDAPI_LIMITS, RateLimiter
 
 ROUTES: Mapping[str, str] = {
@@ -44,9 +51,24 @@ ROUTES: Mapping[str, str] = {
     "/api/v3/finetune/delete/{id}": "finetune_delete",
     "/api/v3/cancle_training/{id}": "cancel_training",
     "/api/v3/cancel_training/{id}": "cancel_training",
+    "/api/v3/dreambooth": "text_to_image",
+    "/api/v4/dreambooth": "text_to_image",
+    "/api/v6/images/text2img": "text_to_image",
+    "/api/v4/dreambooth/fetch": "fetch",
+    "/api/v4/dreambooth/fetch/{id}": "fetch",
+    "/api/v3/dreambooth/fetch/{id}": "fetch",
+    "/api/v3/fetch/{id}": "fetch",
+    "/api/v6/images/fetch": "fetch",
+    "/api/v6/images/fetch/{id}": "fetch",
+    "/api/v4/dreambooth/model_list": "model_list",
+    "/api/v1/enterprise/schedulers_list": "schedulers_list",
+    "/api/v4/schedulers_list": "schedulers_list",
+    "/api/v3/system_load": "system_load",
 }
 """Operations by path. `cancle` is how the vendor spells it; all are POST."""
 ID_CHARS = 10
+ID_TRIES = 5
+DAY_S, WEEK_S = 24 * 3600, 7 * 24 * 3600
 MAX_SEED_DRAWN = 2**32
 LIVE = (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING)
 LISTED = (*LIVE, job_pb2.JOB_STATE_SUCCEEDED)
@@ -59,10 +81,12 @@ class SdapiPolicy:
     Attributes:
         strict: errors have HTTP statuses of their own.
         jobs_at_once: trainings, and drawings, that a project may have waiting or running.
+        sync_wait_s: seconds that a request for pictures is held before it is answered with where to ask again.
     """
 
     strict: bool = False
     jobs_at_once: int = 10
+    sync_wait_s: float = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +124,10 @@ class _Context:
     def training(self) -> Origin:
         return Origin(self.project, wire.DIALECT, trainings.ENDPOINT)
 
+    @property
+    def drawing(self) -> Origin:
+        return Origin(self.project, wire.DIALECT, pictures.ENDPOINT)
+
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
@@ -108,6 +136,7 @@ class _Operation:
     answer: Callable[[_Context], Awaitable[Any]]
     limit: str
     not_found: wire.Told
+    endpoint: str = trainings.ENDPOINT
 
 
 class SdapiApi:
@@ -118,6 +147,7 @@ class SdapiApi:
         *,
         auth: Authenticator,
         jobs: Jobs,
+        drawings: Drawings,
         storage: StorageClient,
         links: Links,
         limiter: RateLimiter | None = None,
@@ -129,13 +159,15 @@ class SdapiApi:
         Args:
             auth: knows the keys.
             jobs: submits and reads trainings.
+            drawings: submits and reads drawings.
             storage: the model registry.
             links: makes addresses of files.
             limiter: counts requests.
             check_url: raises InvalidSpec for a webhook that would not be visited.
             policy: what the deployment decides.
         """
-        self._auth, self._jobs, self._storage, self._links = auth, jobs, storage, links
+        self._auth, self._jobs, self._drawings = auth, jobs, drawings
+        self._storage, self._links = storage, links
         self._limiter = limiter or RateLimiter(SDAPI_LIMITS)
         self._check_url, self._policy = check_url, policy
         of_training, of_model = wire.NO_TRAINING, wire.NO_MODEL
@@ -145,13 +177,18 @@ class SdapiApi:
             "finetune_list": _Operation(self._list, "read", of_training),
             "finetune_delete": _Operation(self._delete, "steer", of_training),
             "cancel_training": _Operation(self._cancel, "steer", of_training),
+            "text_to_image": _Operation(self._text_to_image, "start", of_model, pictures.ENDPOINT),
+            "fetch": _Operation(self._fetch, "read", wire.NO_REQUEST, pictures.ENDPOINT),
+            "model_list": _Operation(self._model_list, "read", of_model, pictures.ENDPOINT),
+            "schedulers_list": _Operation(self._schedulers_list, "read", of_model, pictures.ENDPOINT),
+            "system_load": _Operation(self._system_load, "read", of_model, pictures.ENDPOINT),
         }
 
     async def answer(self, name: str, call: SdapiCall) -> Answer:
         """Answers a call; never raises."""
         operation, strict = self.operations[name], self._policy.strict
         try:
-            context = await self._admitted(call)
+            context = await self._admitted(call, operation.endpoint)
             with self._limiter.admitted(context.caller, wire.DIALECT, operation.limit):
                 return Answer(200, await operation.answer(context))
         except BodyTooLarge:
@@ -163,10 +200,10 @@ class SdapiApi:
         except Exception as error:
             return _internal_answer(error)
 
-    async def _admitted(self, call: SdapiCall) -> _Context:
+    async def _admitted(self, call: SdapiCall, endpoint: str) -> _Context:
         given = wire.read_body(await call.read_body(wire.MAX_BODY_BYTES))
         caller = await self._auth.caller(wire.authorization_of(given, call.authorization))
-        if not caller.may(wire.DIALECT, trainings.ENDPOINT):
+        if not caller.may(wire.DIALECT, endpoint):
             raise Unauthenticated("the key has no right to this dialect")
         return _Context(call, caller, {key: value for key, value in given.items() if key != "key"})
 
@@ -275,6 +312,92 @@ class SdapiApi:
             raise WrongState("The training has ended already")
         return trainings.gone_body("training cancelled", job.job_id)
 
+    # --- pictures --------------------------------------------------------------------------------------------
+
+    async def _text_to_image(self, context: _Context) -> dict[str, Any]:
+        wish = pictures.read_text_to_image(context.given)
+        self._check_webhook(wish.webhook)
+        if not wish.model:
+            raise NotFound("no model is named")
+        model = await self._model(context.project, wish.model)
+        spec = pictures.spec_of(wish, model, secrets.randbelow(MAX_SEED_DRAWN))
+        most = self._policy.jobs_at_once
+        if await self._drawings.count(context.drawing, LIVE, most) >= most:
+            raise QueueFull("too many drawings are under way")
+        kept = _kept(context, wish)
+        job = await self._drawn(context, spec, kept, wish.webhook)
+        job = await self._drawings.wait(context.drawing, job.job_id, self._policy.sync_wait_s)
+        return await self._shown(context, job)
+
+    async def _drawn(
+        self, context: _Context, spec: generation_job_pb2.GenerationSpec, kept: pictures.Kept, webhook: str
+    ) -> generation_job_pb2.GenerationJob:
+        """Admits a drawing under an id that was never used; one that is taken is drawn again."""
+        policy = job_pb2.JobPolicy()
+        policy.retention.FromSeconds(DAY_S if kept.temp else WEEK_S)
+        labels = {"base_url": context.call.base_url}
+        for _ in range(ID_TRIES):
+            job_id = str(1 + secrets.randbelow(pictures.MAX_ID - 1))
+            new = NewDrawing(job_id, spec, kept.document(), webhook, policy, labels)
+            try:
+                return await self._drawings.submit(context.drawing, new)
+            except AlreadyExists:
+                continue
+            except InvalidSpec as error:
+                raise pictures.in_callers_words(error) from error
+        raise Unavailable("no id is free")
+
+    async def _shown(self, context: _Context, job: generation_job_pb2.GenerationJob) -> dict[str, Any]:
+        kept, waiting = pictures.kept_of(given_input(job)), 0
+        if job.state == job_pb2.JOB_STATE_QUEUED:
+            with contextlib.suppress(LikenessError):
+                waiting = (await self._drawings.queue_status()).queued_jobs
+        return pictures.body_of(job, kept, context.call.base_url, _now_ms(), waiting)
+
+    async def _fetch(self, context: _Context) -> dict[str, Any]:
+        given = context.call.id or context.given.get("request_id")
+        if given is None or str(given).strip().lower() in NULLISH:
+            wire.check_fields(["request_id"], [])
+        word = str(given).strip().removesuffix(".0")
+        if not (word.isascii() and word.isdecimal() and len(word) <= ID_CHARS):
+            raise NotFound("no such request")
+        return await self._shown(context, await self._drawings.get(context.drawing, str(int(word))))
+
+    async def picture(self, project: str, job_id: str, name: str) -> str:
+        """The link below which a picture is served, `/files/<token>/<name>`.
+
+        Args:
+            project: owner of the drawing.
+            job_id: the drawing.
+            name: file name of the picture; what is secret of it stands in for a key.
+
+        Raises:
+            NotFound: there is no such picture, or not yet.
+            Unavailable: a service does not answer.
+        """
+        if not (ID_PATTERN.match(job_id) and ID_PATTERN.match(project)):
+            raise NotFound("no such picture")
+        origin = Origin(project, wire.DIALECT, pictures.ENDPOINT)
+        job = await self._drawings.get(origin, job_id)
+        key = pictures.picture_key(job, pictures.kept_of(given_input(job)), name)
+        links = await self._links.urls(project, [File(key, name)], "") if key else {}
+        if key not in links:
+            raise NotFound("no such picture")
+        return links[key]
+
+    async def _model_list(self, context: _Context) -> list[dict[str, Any]]:
+        """The catalogue, as a bare list."""
+        models = await self._models(context.project)
+        return [trainings.model_item(model) for model in models if not model.project_id]
+
+    async def _schedulers_list(self, context: _Context) -> dict[str, Any]:
+        return schedulers.list_body()
+
+    async def _system_load(self, context: _Context) -> dict[str, Any]:
+        figures = await self._drawings.queue_status()
+        wait_s = figures.oldest_wait.ToSeconds() if figures.queued_jobs else 0
+        return {"status": "ok", "queue_num": figures.queued_jobs, "queue_time": wait_s}
+
     # --- telling ---------------------------------------------------------------------------------------------
 
     async def training_document(
@@ -290,6 +413,22 @@ class SdapiApi:
         base_url = public_url or job.options.origin.labels.get("base_url", "")
         urls = await self._urls(job, base_url) if number == trainings.READY else {}
         return json.dumps(trainings.webhook_body(job, number, _now_ms(), urls)).encode()
+
+    def drawing_document(self, job: generation_job_pb2.GenerationJob, public_url: str) -> bytes:
+        """The body of a webhook about a drawing; `public_url` as for trainings."""
+        base_url = public_url or job.options.origin.labels.get("base_url", "")
+        return json.dumps(pictures.webhook_body(job, pictures.kept_of(given_input(job)), base_url)).encode()
+
+
+def _kept(context: _Context, wish: pictures.Wish) -> pictures.Kept:
+    return pictures.Kept(
+        version="v3" if context.call.path.startswith("/api/v3/") else "v4",
+        file_prefix=str(uuid.uuid4()),
+        track_id=wish.values.get("track_id"),
+        scheduler=wish.scheduler.name,
+        temp=wish.values.get("temp", False),
+        tips=wish.tips,
+    )
 
 
 def _item(

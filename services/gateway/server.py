@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 from likeness.access.v1.access_service_pb2_grpc import AccessServiceStub
+from likeness.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from likeness.training.v1.training_service_pb2_grpc import TrainingServiceStub
 
 from services.adapters.clock import RealClock
@@ -20,12 +21,14 @@ from services.adapters.jetstream import JetStreamPlatform
 from services.adapters.job_platform import open_platform
 from services.adapters.settings import GatewaySettings
 from services.adapters.storage_client import StorageClient
+from services.domain.job import JobKind
 from services.domain.ports import Revision
 from services.gateway.app import Parts, create_app
 from services.gateway.auth import Authenticator
 from services.gateway.dialects.runpod import envelope as wire
 from services.gateway.dialects.sdapi import envelope as sdapi_wire
 from services.gateway.dialects.sdapi import training as sdapi_trainings
+from services.gateway.drawings import Drawings
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs
 from services.gateway.limits import RateLimiter
@@ -78,10 +81,15 @@ async def serve(settings: GatewaySettings) -> None:
         sdapi = SdapiApi(
             auth=auth,
             jobs=jobs,
+            drawings=Drawings(InferenceServiceStub(inference_channel), jobs.stopping),
             storage=storage,
             links=links,
             check_url=egress.check_url,
-            policy=SdapiPolicy(strict=settings.sdapi_strict, jobs_at_once=settings.sdapi_jobs_at_once),
+            policy=SdapiPolicy(
+                strict=settings.sdapi_strict,
+                jobs_at_once=settings.sdapi_jobs_at_once,
+                sync_wait_s=settings.sdapi_sync_wait_s,
+            ),
         )
 
         async def connected() -> bool:
@@ -124,6 +132,9 @@ def _webhook_senders(
         job = await views.training_job(revision, now_ms())
         return await sdapi.training_document(job, number, public_url)
 
+    async def sdapi_drawing(revision: Revision, number: int) -> bytes:
+        return sdapi.drawing_document(await views.generation_job(revision, now_ms()), public_url)
+
     common: dict[str, Any] = {
         "feed": platform.job_feed,
         "log": platform.job_log,
@@ -144,6 +155,13 @@ def _webhook_senders(
             dialects=frozenset({sdapi_wire.DIALECT}),
             policy=WebhookPolicy(tries=SDAPI_TRIES, secret=secret),
             events_of=sdapi_trainings.events_of,
+            **common,
+        ),
+        WebhookSender(
+            render=sdapi_drawing,
+            dialects=frozenset({sdapi_wire.DIALECT}),
+            policy=WebhookPolicy(tries=SDAPI_TRIES, secret=secret),
+            kind=JobKind.GEN,
             **common,
         ),
     ]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,10 @@ from typing import Any
 
 import httpx
 from likeness.access.v1.access_service_pb2_grpc import AccessServiceStub, add_AccessServiceServicer_to_server
+from likeness.inference.v1.inference_service_pb2_grpc import (
+    InferenceServiceStub,
+    add_InferenceServiceServicer_to_server,
+)
 from likeness.storage.v1 import model_pb2
 from likeness.storage.v1 import storage_service_pb2 as storage_pb
 from likeness.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
@@ -29,6 +34,7 @@ from services.domain.job import JobFailure, JobKind, JobRecord, JobRef, Stage
 from services.gateway.app import Parts, create_app
 from services.gateway.auth import Authenticator
 from services.gateway.dialects.runpod import envelope as runpod_wire
+from services.gateway.drawings import Drawings
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs
 from services.gateway.limits import RateLimiter
@@ -36,6 +42,7 @@ from services.gateway.openapi import ENDPOINTS
 from services.gateway.runpod import RunpodApi
 from services.gateway.sdapi import SdapiApi, SdapiPolicy
 from services.gateway.streams import Streams
+from services.inference.servicer import InferenceServicer
 from services.jobs.core import JobCore
 from services.trainer.servicer import TrainingServicer
 from tests.unit.gateway.harness import KEY, FakeAccess, FakeStorage, MemoryDocuments
@@ -82,6 +89,10 @@ class Registry(FakeStorage):
             raise NotFound("no such model")
         return model
 
+    async def get_model(self, project: str, model: str = "") -> model_pb2.Model:
+        """What the inference api asks for."""
+        return self.found(project, model)
+
     async def GetModel(self, request: Any, context: Any) -> storage_pb.GetModelResponse:
         return storage_pb.GetModelResponse(model=self.found(request.project_id, request.model))
 
@@ -105,6 +116,7 @@ class World:
     api: SdapiApi
     platform: MemoryPlatform
     training: JobCore
+    drawing: JobCore
     storage: Registry
     access: FakeAccess
     documents: MemoryDocuments
@@ -171,6 +183,31 @@ class World:
             training_id, life.begin_preparing, lambda record, now: life.fail(record, failure, now)
         )
 
+    async def draw(self, job_id: str, project: str = "first") -> None:
+        """Ends a drawing with its pictures, as an inference worker would."""
+        ref = JobRef(JobKind.GEN, project, job_id)
+        revision = await self.drawing.records.read(ref)
+        spec = revision.record.spec or json.loads(self.documents.held[revision.record.spec_key])
+        images = []
+        for index in range(int(spec["num_images"])):
+            key = f"picture-{job_id}-{index}"
+            self.storage.blobs[key] = f"PNG {key} ".encode() * 50
+            images.append(
+                {"key": key, "seed": str(int(spec.get("seed", 0)) + index), "media_type": "image/png"}
+            )
+        result = {"images": images, "device_seconds": 6.0, "warnings": []}
+        await self.move_drawing(
+            job_id,
+            lambda record, now: life.take(record, revision.sequence, "drawer-1", now),
+            lambda record, now: life.report_finished(record, record.epoch, result, now),
+        )
+
+    async def move_drawing(self, job_id: str, *moves: Callable[[JobRecord, int], JobRecord]) -> None:
+        for move in moves:
+            ref = JobRef(JobKind.GEN, "first", job_id)
+            now_ms = self.drawing.records.now_ms()
+            await self.drawing.records.change(ref, partial(_moved, move, now_ms))
+
 
 @contextlib.asynccontextmanager
 async def world(
@@ -181,28 +218,33 @@ async def world(
     """Everything up, until the end of the block."""
     platform, documents = MemoryPlatform(), MemoryDocuments()
     core = JobCore(JobKind.TRAIN, platform, RealClock(), documents)
+    drawing = JobCore(JobKind.GEN, platform, RealClock(), documents)
     storage, access = Registry(), FakeAccess()
     server = GrpcServer("127.0.0.1:0", grace_s=0.1)
     training = TrainingServicer(core, base_model="pocket")
+    inference = InferenceServicer(drawing, storage)
     for add, servicer, name in (
+        (add_InferenceServiceServicer_to_server, inference, "likeness.inference.v1.InferenceService"),
         (add_TrainingServiceServicer_to_server, training, "likeness.training.v1.TrainingService"),
         (add_StorageServiceServicer_to_server, storage, "likeness.storage.v1.StorageService"),
         (add_AccessServiceServicer_to_server, access, "likeness.access.v1.AccessService"),
     ):
         server.add(add, servicer, name)
-    running = asyncio.create_task(core.run())
-    await core.wait_ready()
+    running = [asyncio.create_task(each.run()) for each in (core, drawing)]
+    for each in (core, drawing):
+        await each.wait_ready()
     async with server, Channel(server.address) as channel:
         client, jobs = StorageClient(channel), Jobs(TrainingServiceStub(channel))
         auth, links = Authenticator(AccessServiceStub(channel)), Links(client)
         api = SdapiApi(
             auth=auth,
             jobs=jobs,
+            drawings=Drawings(InferenceServiceStub(channel), jobs.stopping),
             storage=client,
             links=links,
             limiter=limiter,
             check_url=Egress().check_url,
-            policy=policy or SdapiPolicy(),
+            policy=policy or SdapiPolicy(sync_wait_s=0.0),
         )
         runpod = RunpodApi(
             endpoints=ENDPOINTS,
@@ -216,9 +258,10 @@ async def world(
         parts = Parts(runpod, client, sdapi=api, **(settings or {}))
         transport = httpx.ASGITransport(app=create_app(parts))
         async with httpx.AsyncClient(transport=transport, base_url="http://likeness.test") as http:
-            yield World(http, api, platform, core, storage, access, documents)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+            yield World(http, api, platform, core, drawing, storage, access, documents)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
 
 
 def _moved(move: Callable[[JobRecord, int], JobRecord], now_ms: int, record: JobRecord) -> JobRecord:
