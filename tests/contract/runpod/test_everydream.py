@@ -60,6 +60,36 @@ def test_the_last_value_of_a_range_is_taken_and_the_next_refused(
     assert [violation.field for violation in caught.value.violations] == [f"{place}.{name}"]
 
 
+OF_KIND: dict[str, list[Any]] = {
+    "integer": [True, "1", 1.5, 2.0, [1], {}],
+    "seed": [True, "1", 1.5, [1], {}],
+    "number": [True, "1", [1.0], {}],
+    "boolean": [0, 1, "true", [True], {}],
+    "text": [True, 1, ["x"], {}],
+    "url": [True, 1, ["https://files.example.org/a.zip"], {}],
+    "choice": [True, 1, ["constant"], {}],
+    "texts": [True, 1, "x", [1], [None], {"0": "x"}],
+}
+"""Values of another type than a parameter of this kind has."""
+
+
+@pytest.mark.parametrize("row", endpoint.TRAIN, ids=lambda row: row.name)
+def test_no_parameter_of_a_training_takes_a_value_of_another_type(row: Parameter) -> None:
+    for value in OF_KIND[row.kind]:
+        with pytest.raises(InvalidSpec) as caught:
+            read(input_of({"train": {row.name: value}}))
+        assert [fault.field for fault in caught.value.violations][:1] == [f"train.{row.name}"]
+        assert len(caught.value.violations) == 1, value
+
+
+@pytest.mark.parametrize("row", endpoint.INFERENCE, ids=lambda row: row.name)
+def test_no_parameter_of_a_picture_takes_a_value_of_another_type(row: Parameter) -> None:
+    for value in OF_KIND[row.kind]:
+        with pytest.raises(InvalidSpec) as caught:
+            read(input_of({"inference": [REQUEST, REQUEST | {row.name: value}]}))
+        assert [fault.field for fault in caught.value.violations] == [f"inference[1].{row.name}"], value
+
+
 def test_every_limited_value_has_its_edges_in_the_data() -> None:
     tables = {"train": endpoint.TRAIN, "inference": endpoint.INFERENCE}
     limited = {

@@ -82,13 +82,14 @@ TRAIN = (
         _MIXED_PRECISION,
     ),
     integer("batch_size", "train_batch_size", 1, 32, 2, "Pictures in one forward pass."),
+    # The endpoint's page says 20. Trainings here can be resumed from each minute, and publish finished models only.
     integer(
         "ckpt_every_n_minutes",
         "publish_every_minutes",
         0,
         _MOST_STEPS,
         0,
-        "Minutes between published checkpoints; 0: the finished model only.",
+        "Minutes between published checkpoints; 0, all that is carried out so far: the finished model only.",
     ),
     number(
         "clip_grad_norm",
@@ -113,7 +114,7 @@ TRAIN = (
         "hf_repo_subfolder",
         "text",
         "hub_subfolder",
-        "Folder within the repository of `resume_ckpt_url` that holds the model.",
+        "Folder within what `resume_ckpt_url` leads to that holds the model.",
         length=(1, 1000),
     ),
     number("lr", "learning_rate", Range("", 0, 1, above=True), 2e-6, "Peak learning rate."),
@@ -152,7 +153,7 @@ TRAIN = (
         "resume_ckpt_url",
         "url",
         "resume_checkpoint_url",
-        "Model to start from.",
+        "Address of the model to start from; the default stands for the installation's own.",
         BUILT_IN_MODEL,
         absence=BUILT_IN_MODEL,
     ),
@@ -236,7 +237,7 @@ def _read_train(translation: Translation, given: Any) -> None:
         rule = "must be false when disable_unet_training is true"
         translation.faults.append(Violation("train.disable_textenc_training", rule))
     if "hf_repo_subfolder" in values and "resume_ckpt_url" not in values:
-        rule = "needs resume_ckpt_url with the address of a repository"
+        rule = "needs resume_ckpt_url with the address of what holds it"
         translation.faults.append(Violation("train.hf_repo_subfolder", rule))
 
 
