@@ -243,6 +243,12 @@ def test_pictures_drawn_while_training_are_addresses_in_their_order() -> None:
     assert endpoint.render_output(job, URLS)["train"] == {"samples": ["http://h/v1", "http://h/v2"]}
 
 
+def test_of_very_many_pictures_drawn_while_training_the_newest_are_named() -> None:
+    drawn = [pb.PreviewImage(name=f"{place}.png", image=picture(f"v{place}", 555)) for place in range(600)]
+    files = endpoint.files_of(pb.TrainingJob(result=pb.TrainingResult(previews=drawn)))
+    assert [file.name for file in files] == [f"{place}.png" for place in range(100, 600)]
+
+
 def test_a_job_without_pictures_has_an_empty_list() -> None:
     assert endpoint.render_output(pb.TrainingJob(), {}) == {"train": {}, "inference": []}
 

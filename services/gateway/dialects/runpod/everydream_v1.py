@@ -37,6 +37,9 @@ ENDPOINT = "everydream-v1"
 BUILT_IN_MODEL = "sd_v1-5_vae.ckpt"
 """How the endpoint's page calls the model that is there already: the deployment's."""
 
+MAX_LISTED = 500
+"""Pictures drawn while training that an output names, the newest; each takes a link, and an answer takes 3 s at most."""
+
 _MOST_STEPS = 2**31 - 1
 _SHARE = Range("", 0, 1)
 _MIXED_PRECISION = {True: pb.MIXED_PRECISION_UNSPECIFIED, False: pb.MIXED_PRECISION_NO}
@@ -259,8 +262,11 @@ def _complete(request: Any) -> Any:
 
 def files_of(job: pb.TrainingJob) -> list[File]:
     """The pictures drawn while it trained, and those that were asked for."""
-    previews = [File(preview.image.key, preview.name) for preview in job.result.previews]
-    return previews + picture_files(job)
+    return [File(preview.image.key, preview.name) for preview in _listed(job)] + picture_files(job)
+
+
+def _listed(job: pb.TrainingJob) -> list[pb.PreviewImage]:
+    return list(job.result.previews)[-MAX_LISTED:]
 
 
 def render_pictures(job: pb.TrainingJob, urls: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -284,7 +290,7 @@ def render_pictures(job: pb.TrainingJob, urls: Mapping[str, str]) -> list[dict[s
 
 def render_output(job: pb.TrainingJob, urls: Mapping[str, str]) -> dict[str, Any]:
     """What came of the training, and the pictures of all requests."""
-    previews = [urls.get(preview.image.key, "") for preview in job.result.previews]
+    previews = [urls.get(preview.image.key, "") for preview in _listed(job)]
     return {"train": {"samples": previews} if previews else {}, "inference": render_pictures(job, urls)}
 
 
