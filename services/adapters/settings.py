@@ -282,6 +282,9 @@ class GatewaySettings(
         ge=1,
         le=200,
     )
+    sdapi_sandbox_steps: int = setting(
+        200, "Most updates of a training in the sandbox of the stablediffusionapi dialect.", ge=1, le=2000
+    )
     sdapi_sync_wait_s: float = setting(
         50.0,
         "How long the stablediffusionapi dialect holds a request for pictures before it says where to ask again.",

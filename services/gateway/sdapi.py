@@ -9,8 +9,9 @@ import secrets
 import string
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from likeness.inference.v1 import generation_job_pb2
@@ -18,6 +19,7 @@ from likeness.job.v1 import job_pb2
 from likeness.storage.v1 import model_pb2
 from likeness.training.v1 import training_job_pb2
 
+from services.adapters.settings import EMBEDDED_MODEL
 from services.adapters.storage_client import StorageClient
 from services.domain.errors import (
     AlreadyExists,
@@ -38,7 +40,7 @@ from services.gateway.dialects.sdapi import drawing as pictures
 from services.gateway.dialects.sdapi import envelope as wire
 from services.gateway.dialects.sdapi import schedulers
 from services.gateway.dialects.sdapi import training as trainings
-from services.gateway.dialects.sdapi.values import NULLISH, YES
+from services.gateway.dialects.sdapi.values import NULLISH, YES, Parameter, address_rule
 from services.gateway.drawings import Drawings, NewDrawing
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs, NewJob, Origin, given_input
@@ -46,11 +48,15 @@ from services.gateway.limits import SDAPI_LIMITS, RateLimiter
 
 ROUTES: Mapping[str, str] = {
     "/api/v3/fine_tune": "fine_tune",
+    "/api/v3/fine_tune_v2": "fine_tune_v2",
+    "/api/v3/lora_fine_tune": "lora_fine_tune",
     "/api/v3/fine_tune_status/{id}": "fine_tune_status",
     "/api/v3/finetune_list": "finetune_list",
     "/api/v3/finetune/delete/{id}": "finetune_delete",
     "/api/v3/cancle_training/{id}": "cancel_training",
     "/api/v3/cancel_training/{id}": "cancel_training",
+    "/api/sandbox/v3/fine_tune": "sandbox_fine_tune",
+    "/api/sandbox/v3/fine_tune_status/{id}": "sandbox_status",
     "/api/v3/dreambooth": "text_to_image",
     "/api/v4/dreambooth": "text_to_image",
     "/api/v6/images/text2img": "text_to_image",
@@ -82,11 +88,15 @@ class SdapiPolicy:
         strict: errors have HTTP statuses of their own.
         jobs_at_once: trainings, and drawings, that a project may have waiting or running.
         sync_wait_s: seconds that a request for pictures is held before it is answered with where to ask again.
+        sandbox_model: what trainings of the sandbox start from.
+        sandbox_steps: most updates that they make.
     """
 
     strict: bool = False
     jobs_at_once: int = 10
     sync_wait_s: float = 50.0
+    sandbox_model: str = EMBEDDED_MODEL
+    sandbox_steps: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +133,10 @@ class _Context:
     @property
     def training(self) -> Origin:
         return Origin(self.project, wire.DIALECT, trainings.ENDPOINT)
+
+    @property
+    def sandbox(self) -> Origin:
+        return Origin(self.project, wire.DIALECT, trainings.SANDBOX)
 
     @property
     def drawing(self) -> Origin:
@@ -172,7 +186,11 @@ class SdapiApi:
         self._check_url, self._policy = check_url, policy
         of_training, of_model = wire.NO_TRAINING, wire.NO_MODEL
         self.operations: Mapping[str, _Operation] = {
-            "fine_tune": _Operation(self._fine_tune, "start", of_model),
+            "fine_tune": _Operation(partial(self._train, trainings.FINE_TUNE), "start", of_model),
+            "fine_tune_v2": _Operation(partial(self._train, trainings.FINE_TUNE_V2), "start", of_model),
+            "lora_fine_tune": _Operation(partial(self._train, trainings.LORA_FINE_TUNE), "start", of_model),
+            "sandbox_fine_tune": _Operation(self._sandbox_fine_tune, "start", of_model),
+            "sandbox_status": _Operation(self._sandbox_status, "read", of_training),
             "fine_tune_status": _Operation(self._status, "read", of_training),
             "finetune_list": _Operation(self._list, "read", of_training),
             "finetune_delete": _Operation(self._delete, "steer", of_training),
@@ -209,24 +227,37 @@ class SdapiApi:
 
     # --- trainings -------------------------------------------------------------------------------------------
 
-    async def _fine_tune(self, context: _Context) -> dict[str, Any]:
-        wish = trainings.read_fine_tune(context.given)
+    async def _train(self, rows: Sequence[Parameter], context: _Context) -> dict[str, Any]:
+        wish = trainings.read_training(context.given, rows)
+        policy = job_pb2.JobPolicy()
+        return await self._start(context, context.training, wish, wish.base_model, _new_training_id(), policy)
+
+    async def _sandbox_fine_tune(self, context: _Context) -> dict[str, Any]:
+        """A real training, short and after all others, so that an application can be built against it."""
+        wish = trainings.read_training(context.given, trainings.SANDBOX_FINE_TUNE)
+        policy = job_pb2.JobPolicy(priority=job_pb2.JOB_PRIORITY_LOW)
+        policy.retention.FromSeconds(DAY_S)
+        base, new_id = self._policy.sandbox_model, _new_training_id(trainings.SANDBOX_MARK)
+        return await self._start(context, context.sandbox, wish, base, new_id, policy)
+
+    async def _start(
+        self,
+        context: _Context,
+        origin: Origin,
+        wish: trainings.Wish,
+        base_model: str,
+        training_id: str,
+        policy: job_pb2.JobPolicy,
+    ) -> dict[str, Any]:
         self._check_webhook(wish.webhook)
-        base = await self._model(context.project, wish.base_model)
-        submission = trainings.submission_of(wish, base, secrets.randbelow(MAX_SEED_DRAWN))
-        await self._check_room(context)
-        labels = {"base_url": context.call.base_url}
-        new = NewJob(
-            job_id=_new_training_id(),
-            submission=submission,
-            given={},
-            webhook=wish.webhook,
-            policy=job_pb2.JobPolicy(),
-            labels=labels,
-            scope=job_pb2.WEBHOOK_SCOPE_EVERY_EVENT,
-        )
+        base = await self._model(context.project, base_model)
+        seed = secrets.randbelow(MAX_SEED_DRAWN)
+        submission = trainings.submission_of(wish, base, seed, self._policy.sandbox_steps)
+        await self._check_room(origin)
+        labels, scope = {"base_url": context.call.base_url}, job_pb2.WEBHOOK_SCOPE_EVERY_EVENT
+        new = NewJob(training_id, submission, {}, wish.webhook, policy, labels, scope)
         try:
-            job = await self._jobs.submit(context.training, new)
+            job = await self._jobs.submit(origin, new)
         except InvalidSpec as error:
             raise trainings.in_callers_words(error) from error
         return trainings.started_body(job, await self._waiting())
@@ -236,7 +267,7 @@ class SdapiApi:
             if url:
                 self._check_url(url)
         except InvalidSpec as error:
-            raise InvalidSpec("; ".join(fault.rule for fault in error.violations), "webhook") from error
+            raise InvalidSpec(address_rule(error), "webhook") from error
 
     async def _model(self, project: str, name: str) -> model_pb2.Model:
         try:
@@ -244,12 +275,12 @@ class SdapiApi:
         except InvalidSpec as error:
             raise NotFound("no such model") from error
 
-    async def _check_room(self, context: _Context) -> None:
+    async def _check_room(self, origin: Origin) -> None:
         """Raises QueueFull when the project has as much under way as it may."""
         most = self._policy.jobs_at_once
-        if len(await self._jobs.listed(context.training, LIVE, most)) >= most:
+        if len(await self._jobs.listed(origin, LIVE, most)) >= most:
             raise QueueFull("too many trainings are under way")
-        await self._jobs.check_queue(trainings.ENDPOINT)
+        await self._jobs.check_queue(origin.endpoint)
 
     async def _waiting(self) -> int:
         """Trainings that come before one that was admitted just now; 0 when nobody knows."""
@@ -264,18 +295,28 @@ class SdapiApi:
             job = await self._jobs.get(context.training, _id_of(context))
         except NotFound:
             return trainings.model_body(await self._named_model(context))
+        return await self._status_of(context, job)
+
+    async def _sandbox_status(self, context: _Context) -> dict[str, Any]:
+        return await self._status_of(context, await self._jobs.get(context.sandbox, _id_of(context)))
+
+    async def _status_of(self, context: _Context, job: training_job_pb2.TrainingJob) -> dict[str, Any]:
         urls = await self._urls(job, context.call.base_url)
         return trainings.status_body(job, _now_ms(), urls)
 
     async def _named_model(self, context: _Context) -> model_pb2.Model:
-        return await self._model(context.project, _id_of(context))
+        name = _id_of(context)
+        if _is_of_sandbox(name):
+            raise NotFound("no such training")
+        return await self._model(context.project, name)
 
     async def _urls(self, job: training_job_pb2.TrainingJob, base_url: str) -> dict[str, str]:
         return await self._links.urls(job.project_id, trainings.files_of(job), base_url)
 
     async def _list(self, context: _Context) -> dict[str, Any]:
         jobs = {job.job_id: job for job in await self._jobs.listed(context.training, LISTED)}
-        models = {model.model: model for model in await self._models(context.project) if model.project_id}
+        own = [model for model in await self._models(context.project) if model.project_id]
+        models = {model.model: model for model in own if not _is_of_sandbox(model.model)}
         created = {name: model.create_time.ToMilliseconds() for name, model in models.items()}
         created |= {name: job.times.create_time.ToMilliseconds() for name, job in jobs.items()}
         ids = sorted(created, key=lambda name: created[name], reverse=True)
@@ -295,6 +336,8 @@ class SdapiApi:
 
     async def _delete(self, context: _Context) -> dict[str, Any]:
         training_id = _id_of(context)
+        if _is_of_sandbox(training_id):
+            raise NotFound("no such training")
         found = False
         with contextlib.suppress(NotFound):
             await self._jobs.delete(context.training, training_id)
@@ -319,6 +362,8 @@ class SdapiApi:
         self._check_webhook(wish.webhook)
         if not wish.model:
             raise NotFound("no model is named")
+        if _is_of_sandbox(wish.model):  # what the sandbox made goes with its record
+            await self._jobs.get(context.sandbox, wish.model)
         model = await self._model(context.project, wish.model)
         spec = pictures.spec_of(wish, model, secrets.randbelow(MAX_SEED_DRAWN))
         most = self._policy.jobs_at_once
@@ -454,8 +499,17 @@ def _id_of(context: _Context) -> str:
     return context.call.id
 
 
-def _new_training_id() -> str:
-    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_CHARS))
+def _is_of_sandbox(name: str) -> bool:
+    return len(name) == ID_CHARS and name.startswith(trainings.SANDBOX_MARK)
+
+
+def _new_training_id(mark: str = "") -> str:
+    """A fresh id; only those of the sandbox begin with its mark."""
+    while True:
+        drawn = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_CHARS))
+        new = (mark + drawn)[:ID_CHARS]
+        if _is_of_sandbox(new) == bool(mark):
+            return new
 
 
 def _internal_answer(error: BaseException) -> Answer:

@@ -89,6 +89,7 @@ async def serve(settings: GatewaySettings) -> None:
                 strict=settings.sdapi_strict,
                 jobs_at_once=settings.sdapi_jobs_at_once,
                 sync_wait_s=settings.sdapi_sync_wait_s,
+                sandbox_steps=settings.sdapi_sandbox_steps,
             ),
         )
 

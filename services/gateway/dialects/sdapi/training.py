@@ -1,4 +1,4 @@
-"""Trainings of this dialect: `fine_tune` and its status words, as canonical words and back.
+"""Trainings of this dialect: `fine_tune`, its siblings and their status words, as canonical words and back.
 
 A training's id is also the id of its model. The eight status values are told from a job's state and stage; where
 several are passed in one step, a webhook is told of each.
@@ -17,13 +17,17 @@ from likeness.training.v1 import training_job_pb2 as pb
 from services.domain.errors import InvalidSpec, Violation
 from services.domain.job import JobRecord, JobState, Stage
 from services.domain.rules import MAX_SEED, Range
-from services.domain.training_spec import resolve_training_spec
+from services.domain.training_spec import LOW_RANK, resolve_training_spec
 from services.gateway.dialects.base import FINAL_STATES, File, Submission
 from services.gateway.dialects.sdapi.envelope import check_fields, spoken, whole_seconds
 from services.gateway.dialects.sdapi.values import Parameter, Reading, read_body
 
 ENDPOINT = "fine_tune"
 """Name of all real trainings in `JobOrigin.endpoint`, whichever path they came in by."""
+SANDBOX = "sandbox_fine_tune"
+"""The same for trainings of the sandbox, which are short, cheap, and kept apart."""
+SANDBOX_MARK = "SBX"
+"""How ids of the sandbox begin; no other training's id does."""
 MAX_IMAGES = 30
 MAX_STEPS = 2000
 FEWEST_USABLE = 3
@@ -31,7 +35,10 @@ STEPS_PER_IMAGE = 200
 FEWEST_STEPS = 400
 DEFAULT_SIZE_PX = 512
 DEFAULT_CLASS_IMAGES = 100
-EXPECTED_MINUTES = 25
+MAX_MODULE_STEPS = 5000
+UNET_STEPS, TEXT_ENCODER_STEPS = 1500, 350
+V2_LEARNING_RATE = 1e-6
+EXPECTED_MINUTES, EXPECTED_LORA_MINUTES = 25, 30
 LOG_JOINT = " /n "
 """Between two entries of a training's log: a slash and the letter n, as clients expect them."""
 
@@ -77,7 +84,7 @@ _SPELLED: Mapping[str, str] = {
 }
 _STEP = re.compile(r"[a-z_]+")
 
-FINE_TUNE = (
+_COMMON = (
     Parameter(
         "instance_prompt",
         "text",
@@ -91,9 +98,6 @@ FINE_TUNE = (
         "What the subject is one of; absent: derived from `training_type`.",
         length=300,
     ),
-    Parameter(
-        "base_model_id", "text", "Catalogue id to start from; absent: the deployment's default.", length=128
-    ),
     Parameter("images", "links", f"Links to 1 to {MAX_IMAGES} pictures of the subject.", required=True),
     Parameter(
         "seed",
@@ -102,14 +106,65 @@ FINE_TUNE = (
         limit=Range("seed", -MAX_SEED, MAX_SEED),
     ),
     Parameter("training_type", "word", "men, female, couple, or null for anything."),
-    Parameter(
-        "max_train_steps",
-        "integer",
-        f"Optimizer updates, at most {MAX_STEPS}; absent or 0: {STEPS_PER_IMAGE} for each picture.",
-        limit=Range("max_train_steps", 0),
-    ),
     Parameter("webhook", "link", "Address that is told of every change of status."),
 )
+_BASE = Parameter(
+    "base_model_id", "text", "Catalogue id to start from; absent: the deployment's default.", length=128
+)
+_STEPS = Parameter(
+    "max_train_steps",
+    "integer",
+    f"Optimizer updates, at most {MAX_STEPS}; absent or 0: {STEPS_PER_IMAGE} for each picture.",
+    limit=Range("max_train_steps", 0),
+)
+_RATE = Range("learning_rate", 0, 1e-3, above=True)
+
+SANDBOX_FINE_TUNE = (*_COMMON, _STEPS)
+FINE_TUNE = (*_COMMON, _BASE, _STEPS)
+FINE_TUNE_V2 = (
+    *_COMMON,
+    _BASE,
+    Parameter(
+        "learning_rate_unet",
+        "number",
+        "Learning rate of the UNet, at most 1e-3; absent: the base model's, else 1e-6.",
+        limit=_RATE,
+    ),
+    Parameter(
+        "steps_unet",
+        "integer",
+        "Updates of the UNet.",
+        UNET_STEPS,
+        limit=Range("steps_unet", 1, MAX_MODULE_STEPS),
+    ),
+    Parameter(
+        "learning_rate_text_encoder",
+        "number",
+        "Learning rate of the text encoder, at most 1e-3.",
+        V2_LEARNING_RATE,
+        limit=_RATE,
+    ),
+    Parameter(
+        "steps_text_encoder",
+        "integer",
+        "Updates of the text encoder, after which it is frozen; 0: it is not trained.",
+        TEXT_ENCODER_STEPS,
+        limit=Range("steps_text_encoder", 0, MAX_MODULE_STEPS),
+    ),
+)
+LORA_FINE_TUNE = (
+    *_COMMON,
+    _BASE,
+    _STEPS,
+    Parameter("base_model_type", "text", "normal or sdxl: what the default base must be.", length=100),
+    Parameter(
+        "negative_prompt", "text", "What the picture that proves the model does not show.", length=1000
+    ),
+    Parameter("lora_type", "text", "lora, or lycoris for the 3x3 convolutions too.", "lora", length=100),
+)
+_METHODS = {"lora": pb.TRAINING_METHOD_LORA, "lycoris": pb.TRAINING_METHOD_LOCON}
+_BASE_TYPES = ("normal", "sdxl")
+
 EXAMPLE = {
     "key": "lk-...",
     "instance_prompt": "photo of adhik person",
@@ -131,24 +186,34 @@ class Wish:
         base_model: its id; "": the deployment's default.
         webhook: address that is told of every status; "": none.
         values: all other values.
+        rows: parameters that it was read by, which say of what kind it is.
     """
 
     base_model: str
     webhook: str
     values: Mapping[str, Any]
+    rows: Sequence[Parameter]
 
 
-def read_fine_tune(given: Mapping[str, Any]) -> Wish:
-    """Reads the body of `fine_tune`.
+def read_training(given: Mapping[str, Any], rows: Sequence[Parameter] = FINE_TUNE) -> Wish:
+    """Reads the body of a start.
+
+    Args:
+        given: the body.
+        rows: the parameters of its path: :data:`FINE_TUNE`, :data:`FINE_TUNE_V2`, :data:`LORA_FINE_TUNE` or
+            :data:`SANDBOX_FINE_TUNE`.
 
     Raises:
         InvalidSpec: with every fault, in the caller's spelling.
     """
-    reading = read_body(given, FINE_TUNE)
+    reading = read_body(given, rows)
     _check_images(reading)
+    for name, words in (("lora_type", _METHODS), ("base_model_type", _BASE_TYPES)):
+        if reading.values.get(name, "").lower() not in ("", *words):
+            reading.fault(name, "must be one of " + ", ".join(words))
     check_fields(reading.missing, reading.faults)
     values = reading.values
-    return Wish(values.get("base_model_id", ""), values.get("webhook", ""), values)
+    return Wish(values.get("base_model_id", ""), values.get("webhook", ""), values, rows)
 
 
 def _check_images(reading: Reading) -> None:
@@ -157,13 +222,16 @@ def _check_images(reading: Reading) -> None:
         reading.fault("images", f"must have 1 to {MAX_IMAGES} elements")
 
 
-def submission_of(wish: Wish, base: model_pb2.Model, drawn_seed: int) -> Submission:
+def submission_of(
+    wish: Wish, base: model_pb2.Model, drawn_seed: int, sandbox_steps: int = MAX_STEPS
+) -> Submission:
     """The training that is wished for.
 
     Args:
         wish: what was asked for.
         base: the model it starts from, whose catalogue entry says what suits trainings of it.
         drawn_seed: seed of a request that names none, or a negative one.
+        sandbox_steps: most updates of a training of the sandbox.
 
     Raises:
         InvalidSpec: with every fault, in the caller's spelling.
@@ -189,10 +257,50 @@ def submission_of(wish: Wish, base: model_pb2.Model, drawn_seed: int) -> Submiss
     )
     concept.instance_data.image_urls.urls.extend(values["images"])
     concept.instance_data.field = "images"
+    if wish.rows is FINE_TUNE_V2:
+        _place_modules(spec, values, defaults)
+    elif wish.rows is LORA_FINE_TUNE:
+        _check_base_type(wish, base)
+        _place_lora(spec, values, defaults)
+    elif wish.rows is SANDBOX_FINE_TUNE:
+        spec.max_train_steps = min(spec.max_train_steps, sandbox_steps)
     try:
         return Submission(resolve_training_spec(spec))
     except InvalidSpec as error:
         raise in_callers_words(error) from error
+
+
+def _place_modules(
+    spec: pb.TrainingSpec, values: Mapping[str, Any], defaults: model_pb2.TrainingDefaults
+) -> None:
+    """UNet and text encoder each for its own number of updates, the longer of which is the training's."""
+    unet = values.get("steps_unet", UNET_STEPS)
+    text_encoder = values.get("steps_text_encoder", TEXT_ENCODER_STEPS)
+    spec.max_train_steps = max(unet, text_encoder)
+    spec.unet_steps = unet if unet < spec.max_train_steps else 0
+    spec.text_encoder_steps = text_encoder if text_encoder < spec.max_train_steps else 0
+    spec.train_text_encoder = text_encoder > 0
+    spec.learning_rate = values.get("learning_rate_unet") or defaults.full_learning_rate or V2_LEARNING_RATE
+    spec.text_encoder_learning_rate = values.get("learning_rate_text_encoder", V2_LEARNING_RATE)
+
+
+def _check_base_type(wish: Wish, base: model_pb2.Model) -> None:
+    """A base that is named wins; else the deployment's default must be of the type that was asked for."""
+    asked = wish.values.get("base_model_type", "").lower()
+    if wish.base_model or not asked or (asked == "sdxl") == (base.manifest.family == "sdxl"):
+        return
+    raise InvalidSpec("is not that of the default base; name one by base_model_id", "base_model_type")
+
+
+def _place_lora(
+    spec: pb.TrainingSpec, values: Mapping[str, Any], defaults: model_pb2.TrainingDefaults
+) -> None:
+    spec.method = _METHODS[values.get("lora_type", "lora").lower()]
+    spec.learning_rate = defaults.lora_learning_rate
+    spec.lora.rank, spec.lora.alpha = defaults.lora_rank, defaults.lora_alpha
+    if spec.method == pb.TRAINING_METHOD_LOCON:
+        spec.lora.conv_rank, spec.lora.conv_alpha = defaults.lora_conv_rank, defaults.lora_conv_alpha
+    spec.test_negative_prompt = values.get("negative_prompt", "")
 
 
 def class_prompt_of(values: Mapping[str, Any]) -> str:
@@ -288,7 +396,11 @@ def line_of(job: pb.TrainingJob, number: int) -> str:
 def duration_sentence(job: pb.TrainingJob, waiting: int = 0) -> str:
     """How long it will take, in the words clients know, and how many trainings come first."""
     first = f" {waiting} trainings come first." if waiting > 0 else ""
-    return f"it will take upto {EXPECTED_MINUTES} minutes.{first}"
+    return f"it will take upto {_minutes(job)} minutes.{first}"
+
+
+def _minutes(job: pb.TrainingJob) -> int:
+    return EXPECTED_LORA_MINUTES if job.spec.method in LOW_RANK else EXPECTED_MINUTES
 
 
 def _advice(spec: pb.TrainingSpec) -> str:
@@ -326,7 +438,7 @@ def seconds_left(job: pb.TrainingJob, now_ms: int) -> int:
     if job.progress.HasField("seconds_left") and math.isfinite(job.progress.seconds_left):
         return whole_seconds(job.progress.seconds_left)
     gone_s = (now_ms - job.times.queue_time.ToMilliseconds()) / 1000
-    return whole_seconds(EXPECTED_MINUTES * 60 - gone_s)
+    return whole_seconds(_minutes(job) * 60 - gone_s)
 
 
 # --- bodies --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from services.domain.addresses import parse_target
-from services.domain.errors import EgressRefused, Violation
+from services.domain.errors import EgressRefused, InvalidSpec, Violation
 from services.domain.rules import Range
 
 Kind = Literal["text", "integer", "number", "switch", "link", "links", "models", "opaque", "word"]
@@ -157,8 +157,13 @@ def link_of(value: Any) -> str:
     try:
         parse_target(text)
     except EgressRefused as error:
-        raise Misfit("; ".join(violation.rule for violation in error.violations)) from error
+        raise Misfit(address_rule(error)) from error
     return text
+
+
+def address_rule(error: InvalidSpec) -> str:
+    """The rule that an address breaks, as a sentence part."""
+    return f"must be a usable address ({'; '.join(violation.rule for violation in error.violations)})"
 
 
 def links_of(value: Any) -> list[str]:
