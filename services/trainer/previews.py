@@ -6,6 +6,7 @@ that is what will be published.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,6 +51,7 @@ class Previews:
         self._total = total
         self._step = 0
         self._drawn = 0
+        self._seconds_per_picture = 0.0
 
     def due(self, update: int) -> bool:
         """Whether a picture is still to be drawn before the next update.
@@ -61,6 +63,12 @@ class Previews:
         has_round = update > 0 and (update % spec.preview_steps == 0 or update == self._total)
         return has_round and (self._drawn if self._step == update else 0) < len(spec.preview_prompts)
 
+    def seconds_left(self, update: int) -> float:
+        """Returns what the pictures before the last update will take, by what the last one took."""
+        spec = self._run.spec
+        rounds = (self._total - 1) // spec.preview_steps - (update - 1) // spec.preview_steps
+        return max(0, rounds) * len(spec.preview_prompts) * self._seconds_per_picture
+
     def draw_next(self, update: int, observer: Observer) -> None:
         """Draws the next picture that is due and tells it.
 
@@ -71,6 +79,7 @@ class Previews:
         index, self._drawn = self._drawn, self._drawn + 1
         spec = self._run.spec
         preview = Preview(self._run.preview_folder, update, index, spec.seed, spec.resolution)
+        began = time.monotonic()
         try:
             image = self._draw(index)
         except Exception as error:
@@ -79,6 +88,7 @@ class Previews:
                 raise
             self._remark(f"there is no {preview.name}: {known}")
             return
+        self._seconds_per_picture = time.monotonic() - began
         if image.getbbox() is None:
             self._remark(f"{preview.name} is black all over")
         preview.file.parent.mkdir(parents=True, exist_ok=True)

@@ -294,7 +294,8 @@ class UpdateLoop:
                 loss=loss,
                 learning_rate=self._shown_rate(rates, frozen, update),
                 gradient_norm=norm,
-                seconds_left=pace.seconds_per_update * (self.total - self.counters.update),
+                seconds_left=pace.seconds_per_update * (self.total - self.counters.update)
+                + self._previews.seconds_left(self.counters.update),
                 images_per_second=samples / pace.seconds_per_update,
             )
             self._note(progress)

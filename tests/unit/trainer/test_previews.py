@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,13 @@ def drawn(trained: Trained) -> list[tuple[int, int]]:
     return [(preview.step, preview.prompt_index) for preview in trained.recorder.previews]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_previews_are_drawn_of_each_prompt_at_their_updates_and_at_the_end(recipe: str, bench: Bench) -> None:
-    train = RECIPES[recipe]
-    trained = train(bench, "with", preview_prompts=PROMPTS, preview_steps=2)
-    assert drawn(trained) == [(2, 0), (2, 1), (3, 0), (3, 1)]
-    names = [preview.name for preview in trained.recorder.previews]
-    assert names[:2] == ["preview-000002-1.png", "preview-000002-2.png"]
+@pytest.mark.parametrize(("recipe", "prompts"), [("dreambooth", PROMPTS), ("everydream", PROMPTS[:1])])
+def test_previews_are_drawn_of_each_prompt_at_their_updates_and_at_the_end(
+    recipe: str, prompts: list[str], bench: Bench
+) -> None:
+    trained = RECIPES[recipe](bench, "with", preview_prompts=prompts, preview_steps=2)
+    assert drawn(trained) == [(step, index) for step in (2, 3) for index in range(len(prompts))]
+    assert trained.recorder.previews[0].name == "preview-000002-1.png"
     for preview in trained.recorder.previews:
         with Image.open(preview.file) as picture:
             assert picture.size == (trained.run.spec.resolution,) * 2
@@ -93,8 +94,8 @@ def test_previews_checkpoints_and_logging_change_no_weight(
 ) -> None:
     train = RECIPES[recipe]
     plain = train(bench, "plain", **values)
-    previewed = train(bench, "previewed", preview_prompts=PROMPTS[:1], preview_steps=1, **values)
-    assert len(previewed.recorder.previews) == 3
+    previewed = train(bench, "previewed", preview_prompts=PROMPTS[:1], preview_steps=2, **values)
+    assert len(previewed.recorder.previews) == 2
     assert published(plain) == published(previewed)
     caplog.set_level(logging.DEBUG)
     saved = train(bench, "saved and logged", Interrupting(), **values)
@@ -250,6 +251,19 @@ def test_the_time_that_previews_take_is_reported(bench: Bench) -> None:
     previewed = train_plain(bench, "with", preview_prompts=PROMPTS[:1])
     assert previewed.report()["stages_s"]["previews"] > 0
     assert "previews" not in train_plain(bench, "without").report()["stages_s"]
+
+
+def test_the_time_left_counts_the_previews_before_the_last_update(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> Image.Image:
+        time.sleep(0.5)
+        return Image.new("RGB", (16, 16), "red")
+
+    monkeypatch.setattr(previews, "draw", slow)
+    trained = train_plain(bench, "run", preview_prompts=PROMPTS[:1], preview_steps=1)
+    assert trained.recorder.updates[1].seconds_left > 0.5
+    assert trained.recorder.updates[2].seconds_left == 0
 
 
 def test_previews_without_an_interval_are_refused() -> None:
