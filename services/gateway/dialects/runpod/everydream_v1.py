@@ -38,7 +38,7 @@ BUILT_IN_MODEL = "sd_v1-5_vae.ckpt"
 """How the endpoint's page calls the model that is there already: the deployment's."""
 
 MAX_LISTED = 500
-"""Pictures drawn while training that an output names, the newest; each takes a link, and an answer takes 3 s at most."""
+"""Pictures drawn while training that an output names, the newest; each takes a link, and clients wait for 3 s."""
 
 _MOST_STEPS = 2**31 - 1
 _SHARE = Range("", 0, 1)
@@ -164,7 +164,7 @@ TRAIN = (
         "sample_prompts",
         "texts",
         "preview_prompts",
-        "Prompts drawn while training and at its end.",
+        f"Prompts drawn while training and at its end; the newest {MAX_LISTED} pictures are named.",
         length=(1, MAX_PROMPT_CHARS),
         most=MAX_PREVIEWS,
     ),
