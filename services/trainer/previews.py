@@ -8,7 +8,7 @@ that is what will be published.
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from likeness.inference.v1 import generation_job_pb2
@@ -136,6 +136,6 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             inner.training = mode
 
 
-def _own_random_state(device: torch.device):  # type: ignore[no-untyped-def]
+def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
     """Gives the library's generators their state back after the block, whatever was drawn from them in it."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
