@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import continued_trace, trace_of
 from services.domain.errors import LikenessError
+from services.gateway import openapi_sdapi
 from services.gateway.calls import BodyTooLarge, base_url_of
 from services.gateway.dialects.base import Answer
 from services.gateway.dialects.runpod import envelope as wire
@@ -122,7 +123,10 @@ def _add_pages(app: FastAPI, parts: Parts) -> None:
         return _json(Answer(200 if ready else 503, {"ready": ready, "checks": checks}))
 
     async def openapi(request: Request) -> Response:
-        return _json(Answer(200, document(_base_url(parts, request))))
+        description = document(_base_url(parts, request))
+        if parts.sdapi is not None:
+            description["paths"] |= openapi_sdapi.paths()
+        return _json(Answer(200, description))
 
     async def docs(request: Request) -> Response:
         return HTMLResponse(page)
@@ -182,7 +186,7 @@ def _sdapi_handler(parts: Parts, sdapi: SdapiApi, operation: str) -> Callable[[R
         answer = await sdapi.answer(operation, call)
         extra = {"operation": operation, "http_status": answer.status, "duration_s": time.monotonic() - start}
         logger.debug("request answered", extra=extra)
-        return _json(answer)
+        return _json(answer, ascii_only=False)
 
     return handle
 
@@ -254,9 +258,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _json(Answer(error.status_code, {"error": text}, headers))
 
 
-def _json(answer: Answer) -> Response:
-    """JSON in ASCII: whatever strings a caller sent, the body can be encoded."""
-    content = json.dumps(answer.body, separators=(",", ":"), allow_nan=False)
+def _json(answer: Answer, ascii_only: bool = True) -> Response:
+    """JSON, in ASCII where strings are echoed as a caller sent them: whatever they are, the body can be encoded."""
+    content = json.dumps(answer.body, separators=(",", ":"), allow_nan=False, ensure_ascii=ascii_only)
     headers = {"Cache-Control": "no-store", **answer.headers}
     return Response(content, answer.status, headers, media_type="application/json")
 

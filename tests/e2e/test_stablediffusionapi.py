@@ -15,10 +15,10 @@ from tests.e2e import running
 from tests.e2e.running import Platform
 
 BASE = """
-[quick]
+[{name}]
 source = "file:{folder}"
 native_size_px = 256
-[quick.training_defaults]
+[{name}.training_defaults]
 full_learning_rate = 1e-4
 num_class_images = 2
 """
@@ -29,7 +29,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory, deep_model_dir: Path) -> Ite
     """A platform whose base is tiny."""
     catalogue = tmp_path_factory.mktemp("catalogue") / "models.toml"
     settings = running.on_base(deep_model_dir, catalogue) | {"LIKENESS_SDAPI_SYNC_WAIT_S": "0"}
-    catalogue.write_text(BASE.format(folder=deep_model_dir))
+    names = ("quick", "pocket")  # the second is what the sandbox trains on
+    catalogue.write_text("".join(BASE.format(name=name, folder=deep_model_dir) for name in names))
     platform = Platform(tmp_path_factory.mktemp("home"), settings)
     platform.start()
     yield platform
@@ -133,6 +134,21 @@ def test_a_client_trains_draws_and_deletes(quick: Platform, links: list[str]) ->
     post(quick, f"/api/v3/finetune/delete/{training_id}")
     assert post(quick, "/api/v3/finetune_list")["data"] == []
     assert post(quick, "/api/v4/dreambooth", **drawing)["message"] == "Model id not found"
+
+
+def test_adapters_and_the_sandbox_make_models_that_draw(quick: Platform, links: list[str]) -> None:
+    common = {"instance_prompt": "photo of adhik person", "images": links, "max_train_steps": 3}
+    lora = post(quick, "/api/v3/lora_fine_tune", **common, lora_type="lycoris", training_type="null")
+    sandbox = post(quick, "/api/sandbox/v3/fine_tune", **common)
+    doomed = post(quick, "/api/v3/fine_tune", **common)["training_id"]
+    assert post(quick, f"/api/v3/cancle_training/{doomed}")["status"] == "success"
+    for root, started in (("/api/v3", lora), ("/api/sandbox/v3", sandbox)):
+        training_id = started["training_id"]
+        wait_for_model(quick, f"{root}/fine_tune_status/{training_id}")
+        drawing = {"model_id": training_id, "prompt": "a robot", "width": 64, "height": 64, "steps": 2}
+        [link] = fetch(quick, post(quick, "/api/v4/dreambooth", **drawing)["fetch_result"])["output"]
+        assert picture_of(link).size == (64, 64)
+    assert post(quick, f"/api/v3/fine_tune_status/{doomed}")["messege"] == "training_cancelled"
 
 
 def test_a_training_from_links_that_hold_no_pictures_says_so(quick: Platform) -> None:

@@ -57,7 +57,9 @@ scalars = st.one_of(
     st.integers(0, 60),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=12),
-    st.sampled_from(["null", "yes", "no", "1", "7.5", "undefined", "https://f.example.org/1.png", "pocket"]),
+    st.sampled_from(
+        ["null", "yes", "no", "1", "7.5", "undefined", "https://f.example.org/1.png", "pocket", "\ud800"]
+    ),
 )
 values = st.recursive(
     scalars,

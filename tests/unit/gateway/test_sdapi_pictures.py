@@ -165,6 +165,14 @@ async def test_the_drawing_is_what_was_asked_for(sd: World) -> None:
     assert (meta["scheduler"], meta["use_karras_sigmas"]) == ("EulerDiscreteScheduler", "yes")
 
 
+async def test_text_is_echoed_in_plain_letters(sd: World) -> None:
+    answer = await sd.http.post(
+        V4, json=PLAIN | {"key": KEY, "prompt": "ein Häuschen, 家", "track_id": "a/b"}
+    )
+    assert "ein Häuschen, 家" in answer.content.decode()
+    assert '"a/b"' in answer.text
+
+
 async def test_words_of_style_and_quality_are_added_unless_they_are_there(sd: World) -> None:
     body = await asked(sd, prompt="Sharp focus, a robot", enhance_prompt="yes", negative_prompt="watermark")
     meta = body["meta"]

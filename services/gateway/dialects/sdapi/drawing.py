@@ -5,7 +5,7 @@ answer on; the names of the pictures are fixed when the request is accepted, so 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from likeness.inference.v1 import generation_job_pb2 as pb
@@ -173,7 +173,9 @@ class Kept:
 
 def kept_of(document: Any) -> Kept:
     """What :meth:`Kept.document` made; defaults for a drawing that has none."""
-    return Kept(**document) if isinstance(document, dict) and document else Kept("v4", "")
+    known = {item.name for item in fields(Kept)}
+    given = document if isinstance(document, dict) else {}
+    return Kept(**{"version": "v4", "file_prefix": ""} | {key: given[key] for key in given if key in known})
 
 
 def read_text_to_image(given: Mapping[str, Any]) -> Wish:
