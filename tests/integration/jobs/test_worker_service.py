@@ -458,11 +458,11 @@ async def test_a_dead_workers_job_runs_elsewhere_soon_after_the_lease(platform: 
 async def test_three_replicas_give_a_hundred_takers_each_job_once(platform: MemoryPlatform) -> None:
     jobs = 120
     # The takers send no beats, so on a busy machine a lease of a second would give their jobs away again.
-    long = {"lease_s": 120.0}
+    lease_s = 120.0
     async with (
-        serving(platform, **long) as one,
-        serving(platform, **long) as two,
-        serving(platform, **long) as three,
+        serving(platform, lease_s=lease_s) as one,
+        serving(platform, lease_s=lease_s) as two,
+        serving(platform, lease_s=lease_s) as three,
     ):
         channels = [Channel(api.address) for api in (one, two, three)]
         stubs: list[Any] = [WorkerServiceStub(channel) for channel in channels]
