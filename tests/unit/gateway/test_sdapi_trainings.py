@@ -16,7 +16,7 @@ from services.domain.ports import Revision
 from services.gateway.dialects.sdapi import training as trainings
 from services.gateway.limits import Limit, RateLimiter
 from services.gateway.sdapi import SdapiPolicy
-from services.gateway.webhooks import WebhookSender
+from services.gateway.webhooks import WebhookPolicy, WebhookSender
 from services.jobs.views import Views, parsed
 from tests.unit.gateway.harness import KEY, OTHER_KEY
 from tests.unit.gateway.sdapi_world import BODY, World, world
@@ -420,16 +420,24 @@ async def test_what_the_sandbox_made_goes_with_its_record(sd: World) -> None:
 # --- webhooks ------------------------------------------------------------------------------------------------
 
 
-async def told(sd: World, wanted: int) -> list[dict[str, Any]]:
-    """What a receiver gets of all trainings, until there are as many calls as wanted."""
+async def told(sd: World, wanted: int, refused: int = 0) -> list[dict[str, Any]]:
+    """What a receiver gets of all trainings, until it has taken as many calls as wanted.
+
+    Args:
+        sd: the world.
+        wanted: calls that are taken.
+        refused: how often each event is refused before it is taken.
+    """
     got: list[dict[str, Any]] = []
     ids: list[str] = []
     enough = asyncio.Event()
     views = Views(sd.documents, sd.platform.progress)
 
     async def post(url: str, body: bytes, headers: Any, timeout_s: float) -> int:
-        got.append(json.loads(body))
         ids.append(headers["X-Webhook-Id"])
+        if ids.count(ids[-1]) <= refused:
+            return 500
+        got.append(json.loads(body))
         if len(got) == wanted:
             enough.set()
         return 204
@@ -448,13 +456,14 @@ async def told(sd: World, wanted: int) -> list[dict[str, Any]]:
         dialects=frozenset({"sdapi"}),
         kind=JobKind.TRAIN,
         events_of=trainings.events_of,
+        policy=WebhookPolicy(tries=refused + 1, pause_s=0.02),
     )
     task = asyncio.create_task(sender.run())
     await asyncio.wait_for(enough.wait(), 10)
     await asyncio.sleep(0.05)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert len(set(ids)) == len(ids)
+    assert len(ids) == (refused + 1) * len(set(ids)), "one id an event, for every try of it"
     return got
 
 
@@ -469,6 +478,23 @@ async def test_a_webhook_is_told_of_all_eight_statuses_in_order(sd: World) -> No
     assert (last["model_id"], last["training_id"], last["eta"]) == (training_id, training_id, 0)
     assert last["messege"] == last["message"] == "model_ready"
     assert last["logs"] == "the model is ready"
+
+
+async def test_a_status_that_is_refused_is_told_again_before_the_next(sd: World) -> None:
+    training_id = await sd.train(webhook="https://hooks.example.org/x")
+    await sd.succeed(training_id)
+    got = await told(sd, 8, refused=2)
+    assert [body["training_status"] for body in got] == list(trainings.STATUSES)
+
+
+async def test_a_sender_that_comes_later_goes_on_where_the_one_before_ended(sd: World) -> None:
+    training_id = await sd.train(webhook="https://hooks.example.org/x")
+    await sd.run_to_training(training_id)
+    first = await told(sd, 2)
+    await sd.enter(training_id, Stage.EXPORTING)
+    await sd.finish(training_id)
+    then = await told(sd, 6)
+    assert [body["training_status"] for body in first + then] == list(trainings.STATUSES)
 
 
 async def test_a_webhook_is_told_of_a_failure_and_of_a_cancellation(sd: World) -> None:
