@@ -361,6 +361,12 @@ class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelS
     max_archive_bytes: int = setting(
         2 << 30, "Largest archive of pictures that is fetched.", unit="bytes", gt=0
     )
+    max_model_bytes: int = setting(
+        16 << 30,
+        "Largest model that is fetched from an address that a training names, as it comes and unpacked.",
+        unit="bytes",
+        gt=0,
+    )
     max_archive_files: int = setting(20_000, "Most files that an archive may hold.", gt=0)
     max_archive_ratio: float = setting(
         200.0, "How many times its size an archive of more than 64 MiB may unpack to.", ge=1

@@ -31,6 +31,8 @@ from likeness.storage.v1.storage_service_pb2 import (
     GetModelRequest,
     GetRefRequest,
     ImportDatasetRequest,
+    ImportModelRequest,
+    ImportModelResponse,
     ListModelsRequest,
     ListModelsResponse,
     PutRefRequest,
@@ -287,6 +289,37 @@ class StorageClient:
         return dataset
 
     # Models
+
+    async def import_model(
+        self,
+        project: str,
+        address: str,
+        *,
+        base_model: str = "",
+        revision: str = "",
+        subfolder: str = "",
+        timeout_s: float = MODEL_TIMEOUT_S,
+    ) -> ImportModelResponse:
+        """Has storage fetch a model, or the state of a training, from an address.
+
+        Args:
+            project: owner.
+            address: http or https, or a repository of the hub.
+            base_model: has what a single file lacks; empty: the deployment's default.
+            revision: of a repository.
+            subfolder: in a repository or an archive.
+            timeout_s: seconds to wait.
+
+        Raises:
+            NotFound: there is no such base model.
+            BadInput, EgressRefused: the address, or what it leads to, cannot be used.
+            DeadlineExceeded: it took too long.
+        """
+        request = ImportModelRequest(
+            project_id=project, address=address, base_model=base_model, revision=revision, subfolder=subfolder
+        )
+        response: ImportModelResponse = await self._stub.ImportModel(request, timeout=timeout_s)
+        return response
 
     async def register_model(
         self, project: str, model: str, manifest: ModelManifest, display_name: str = ""

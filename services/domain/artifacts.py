@@ -14,6 +14,8 @@ SINGLE_FILE_CONFIG: Final = "config"
 """Folder beside them: configs, tokenizer and scheduler, laid out as a diffusers folder."""
 ADAPTER_PATTERN: Final = "lora-*.safetensors"
 """LoRA files in the folder of a model's part: the loader adds them to its weights, in the order of their names."""
+HUB_REPOSITORY: Final = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
+"""A repository of the model hub: `OWNER/NAME`."""
 MEDIA_TYPES: Final = {
     ".png": "image/png",
     ".jpg": "image/jpeg",

@@ -11,6 +11,7 @@ from typing import Any
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.domain import generation_spec
+from services.domain.artifacts import HUB_REPOSITORY
 from services.domain.errors import InvalidSpec, Violation
 from services.domain.rules import MAX_SEED, Range, check_enum, check_ranges, check_text, check_url
 
@@ -322,14 +323,19 @@ def _check_texts(spec: pb.TrainingSpec) -> list[Violation]:
 
 
 def _check_sources(spec: pb.TrainingSpec) -> list[Violation]:
+    address = spec.resume_checkpoint_url
     faults = (
-        check_url("resume_checkpoint_url", spec.resume_checkpoint_url) if spec.resume_checkpoint_url else []
+        check_url("resume_checkpoint_url", address)
+        if address and not HUB_REPOSITORY.fullmatch(address)
+        else []
     )
     parts = spec.hub_subfolder.replace("\\", "/").split("/")
     if spec.hub_subfolder and (".." in parts or not parts[0] or ":" in parts[0]):
         faults.append(Violation("hub_subfolder", "must be a relative path without '..'"))
     if spec.hub_subfolder and not spec.resume_checkpoint_url:
         faults.append(Violation("hub_subfolder", "needs resume_checkpoint_url"))
+    if spec.revision and not address:
+        faults.append(Violation("revision", "needs resume_checkpoint_url"))
     return faults
 
 

@@ -9,7 +9,7 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -139,11 +139,21 @@ def read_entry(archive: zipfile.ZipFile, entry: Entry, limits: ArchiveLimits) ->
     Raises:
         EntryRefused: the entry is damaged, too large, or packed by a method that is not read.
     """
+    return b"".join(_parts(archive, entry, limits))
+
+
+def extract_entry(archive: zipfile.ZipFile, entry: Entry, limits: ArchiveLimits, path: Path) -> None:
+    """Unpacks one entry to a file under a name that the caller answers for; raises as :func:`read_entry`."""
+    with path.open("wb") as file:
+        for part in _parts(archive, entry, limits):
+            file.write(part)
+
+
+def _parts(archive: zipfile.ZipFile, entry: Entry, limits: ArchiveLimits) -> Iterator[bytes]:
     if entry.info.compress_type not in _METHODS:
         raise EntryRefused("its compression method is not supported")
     if entry.info.file_size > limits.max_entry_bytes:
         raise EntryRefused(f"is larger than {limits.max_entry_bytes} bytes")
-    parts: list[bytes] = []
     size_bytes = 0
     try:
         with archive.open(entry.info) as stream:
@@ -151,12 +161,11 @@ def read_entry(archive: zipfile.ZipFile, entry: Entry, limits: ArchiveLimits) ->
                 size_bytes += len(part)
                 if size_bytes > min(entry.info.file_size, limits.max_entry_bytes):
                     raise EntryRefused("is larger than it says")
-                parts.append(part)
+                yield part
     except _UNREADABLE as error:
         raise EntryRefused("is damaged inside the archive") from error
     if size_bytes != entry.info.file_size:
         raise EntryRefused("is truncated inside the archive")
-    return b"".join(parts)
 
 
 def _check_amounts(infos: Sequence[zipfile.ZipInfo], limits: ArchiveLimits) -> None:

@@ -125,6 +125,11 @@ class ModelRegistry:
         await self._write(entry, replace=replace)
         return await self._model(entry)
 
+    @staticmethod
+    def digest_of(manifest: ModelManifest) -> str:
+        """The digest that a manifest has once it is registered."""
+        return digest_of(to_json(_sorted(manifest)))
+
     async def get(self, project: str, model: str) -> Model:
         """Finds a model.
 

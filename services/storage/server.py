@@ -20,6 +20,7 @@ from services.storage.catalogue import DEFAULT_CATALOGUE, Catalogue, CataloguePl
 from services.storage.datasets import DatasetImporter, ImportLimits
 from services.storage.documents import Documents, References
 from services.storage.links import FileLinks, signing_key
+from services.storage.model_imports import ModelImporter, ModelLimits
 from services.storage.registry import ModelRegistry
 from services.storage.retention import Retention
 from services.storage.servicer import StorageServicer
@@ -79,8 +80,10 @@ async def _made(
     catalogue = Catalogue(entries, registry, blobs, documents, places)
     egress = Egress(EgressPolicy(allow=settings.egress_allow))
     datasets = DatasetImporter(store, egress, store.staging, import_limits(settings))
+    limits = ModelLimits(max_bytes=settings.max_model_bytes)
+    models = ModelImporter(blobs, registry, egress, store.staging, places.hub_endpoint, limits)
     links = FileLinks(await signing_key(documents), _now_ms)
-    return StorageServicer(blobs, References(store), datasets, registry, catalogue, links), catalogue
+    return StorageServicer(blobs, References(store), datasets, registry, catalogue, links, models), catalogue
 
 
 def import_limits(settings: StorageSettings) -> ImportLimits:

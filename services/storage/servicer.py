@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from likeness.storage.v1.artifact_pb2 import Blob
+from likeness.storage.v1.model_pb2 import Model
 from likeness.storage.v1.storage_service_pb2 import (
     CreateDatasetRequest,
     CreateDatasetResponse,
@@ -21,6 +22,8 @@ from likeness.storage.v1.storage_service_pb2 import (
     GetRefResponse,
     ImportDatasetRequest,
     ImportDatasetResponse,
+    ImportModelRequest,
+    ImportModelResponse,
     ListModelsRequest,
     ListModelsResponse,
     PutRefRequest,
@@ -43,6 +46,7 @@ from services.storage.catalogue import Catalogue
 from services.storage.datasets import DatasetImporter
 from services.storage.documents import References
 from services.storage.links import FileLinks
+from services.storage.model_imports import ModelImporter, Wanted
 from services.storage.registry import ModelRegistry
 
 
@@ -57,6 +61,7 @@ class StorageServicer(StorageServiceServicer):
         registry: ModelRegistry,
         catalogue: Catalogue,
         links: FileLinks,
+        models: ModelImporter,
     ) -> None:
         """Takes what it serves."""
         self._blobs = blobs
@@ -65,6 +70,7 @@ class StorageServicer(StorageServiceServicer):
         self._registry = registry
         self._catalogue = catalogue
         self._links = links
+        self._models = models
 
     async def GetBlob(self, request: GetBlobRequest, context: Any) -> GetBlobResponse:
         """Says whether a blob is there."""
@@ -109,6 +115,14 @@ class StorageServicer(StorageServiceServicer):
             dataset=await self._datasets.create(_owner(request.project_id), request.images)
         )
 
+    async def ImportModel(self, request: ImportModelRequest, context: Any) -> ImportModelResponse:
+        """Fetches a model, or the state of a training, from an address."""
+        project = _owner(request.project_id)
+        base = await self._model(project, request.base_model)
+        wanted = Wanted(request.address, base, request.revision, request.subfolder)
+        imported = await self._models.import_model(project, wanted)
+        return ImportModelResponse(model=imported.model, checkpoint=imported.checkpoint)
+
     async def RegisterModel(self, request: RegisterModelRequest, context: Any) -> RegisterModelResponse:
         """Registers a model whose components are stored."""
         model = await self._registry.register(
@@ -118,10 +132,13 @@ class StorageServicer(StorageServiceServicer):
 
     async def GetModel(self, request: GetModelRequest, context: Any) -> GetModelResponse:
         """Reads a model; one of the catalogue that is not here yet is fetched first."""
-        wanted = request.model or self._registry.base_model
-        if not request.project_id or not await self._registry.has(request.project_id, wanted):
+        return GetModelResponse(model=await self._model(request.project_id, request.model))
+
+    async def _model(self, project: str, name: str) -> Model:
+        wanted = name or self._registry.base_model
+        if not project or not await self._registry.has(project, wanted):
             await self._catalogue.ensure(wanted)
-        return GetModelResponse(model=await self._registry.get(request.project_id, wanted))
+        return await self._registry.get(project, wanted)
 
     async def ListModels(self, request: ListModelsRequest, context: Any) -> ListModelsResponse:
         """Lists a project's models and the catalogue's."""

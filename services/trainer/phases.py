@@ -184,7 +184,7 @@ class TrainingLeader:
         if revision.record.state is JobState.QUEUED:
             revision = await self._write(revision, life.begin_preparing(revision.record, self._log.now_ms()))
         spec = await self._read_spec(revision.record)
-        base = await self._base_model(revision.record.project, spec.base_model)
+        base, start = await self._start(revision.record.project, spec)
         plans = await _all_of(
             [self._plan(revision.record.project, spec, concept, base) for concept in spec.concepts]
         )
@@ -199,9 +199,31 @@ class TrainingLeader:
                 await self._dataset_ref(revision.record.project, n, plan) for n, plan in enumerate(plans)
             ],
             warnings=bounded_remarks(warning for plan in plans for warning in plan.warnings),
+            start_checkpoint=start,
         )
         ready = life.make_ready(revision.record, _to_json(prepared), base.manifest_digest, self._log.now_ms())
         await self._write(revision, ready)
+
+    async def _start(
+        self, project: str, spec: training_job_pb2.TrainingSpec
+    ) -> tuple[model_pb2.Model, training_job_pb2.CheckpointRef | None]:
+        """The model that the training begins with, and the state that it goes on from, if it is given one."""
+        if not spec.resume_checkpoint_url:
+            return await self._base_model(project, spec.base_model), None
+        try:
+            imported = await self._siblings.storage.import_model(
+                project,
+                spec.resume_checkpoint_url,
+                base_model=spec.base_model,
+                revision=spec.revision,
+                subfolder=spec.hub_subfolder,
+                timeout_s=IMPORT_TIMEOUT_S,
+            )
+        except NotFound as error:
+            raise BadInput(f"there is no model '{spec.base_model}'", "base_model") from error
+        except DeadlineExceeded as error:
+            raise BadInput("the model did not come in time", "resume_checkpoint_url") from error
+        return imported.model, imported.checkpoint if imported.HasField("checkpoint") else None
 
     async def _base_model(self, project: str, name: str) -> model_pb2.Model:
         try:

@@ -77,6 +77,9 @@ LORA_FORMATS = (pb.EXPORT_FORMAT_LORA_DIFFUSERS, pb.EXPORT_FORMAT_LORA_KOHYA)
 
 OF_OTHERS: Mapping[str, str] = {
     "base_model": "admission puts in the deployment's default; phase `prepare` looks the model up",
+    "resume_checkpoint_url": "phase `prepare` has storage fetch it; the recipe goes on from a checkpoint",
+    "revision": "phase `prepare`, for a hub repository in `resume_checkpoint_url`",
+    "hub_subfolder": "phase `prepare`, for a hub repository or a zip in `resume_checkpoint_url`",
     "sample_batch_size": "phase `prepare`, for the class pictures that it has drawn",
     "samples": "phase `finish` has them drawn by the inference service",
     "min_usable_images": "storage, when it imports a concept's instance pictures",

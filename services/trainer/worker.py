@@ -27,6 +27,7 @@ from services.domain.artifacts import digest_of_key, media_type_of
 from services.domain.errors import (
     OUTAGES,
     AlreadyExists,
+    BadInput,
     Diverged,
     Internal,
     NotFound,
@@ -226,6 +227,7 @@ class TrainingWorker:
             "concepts": concept_entries(spec, pictures),
             "workdir": str(folder),
             "resume_from": await self._fetch_checkpoint(handle, folder / "resume"),
+            "start_from": await self._fetch_start(prepared, folder / "start"),
             "checkpoint_interval_s": self._checkpoint_interval_s,
             "family": model.manifest.family,
             "license": model.manifest.license,
@@ -276,6 +278,15 @@ class TrainingWorker:
         if reference is None:
             return []
         return await previews_of_checkpoint(self._storage, reference.manifest_key)
+
+    async def _fetch_start(self, prepared: pb.PreparedInputs, folder: Path) -> str | None:
+        """Brings the state here that the training is to go on from, or begin with."""
+        if not prepared.HasField("start_checkpoint"):
+            return None
+        found = await fetch_checkpoint(self._storage, prepared.start_checkpoint.manifest_key, folder)
+        if found is None:
+            raise BadInput("the checkpoint that was fetched is gone from storage", "resume_checkpoint_url")
+        return str(found)
 
     # -- the training ----------------------------------------------------------------------------------------
 

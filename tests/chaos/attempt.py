@@ -155,12 +155,12 @@ def note_writes(watcher: Watcher) -> None:
         finally:
             watcher.written.set()
 
-    def start(writer: checkpoints.BackgroundWriter, checkpoint: checkpoints.Checkpoint) -> None:
+    def start(self: checkpoints.BackgroundWriter, checkpoint: checkpoints.Checkpoint) -> None:
         watcher.written.clear()
-        begin(writer, checkpoint)
+        begin(self, checkpoint)
 
     begin = checkpoints.BackgroundWriter.start
-    checkpoints.write = write  # type: ignore[assignment]
+    checkpoints.write = write
     checkpoints.BackgroundWriter.start = start  # type: ignore[method-assign]
 
 

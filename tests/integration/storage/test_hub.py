@@ -45,7 +45,10 @@ class Hub:
             return web.Response(status=404, headers={"X-Error-Code": "RepoNotFound"})
         if request.match_info.get("revision", COMMIT) not in (COMMIT, "main", "v1"):
             return web.Response(status=404, headers={"X-Error-Code": "RevisionNotFound"})
-        names = [{"rfilename": path.relative_to(self.folder).as_posix()} for path in self._files()]
+        names = [
+            {"rfilename": path.relative_to(self.folder).as_posix(), "size": path.stat().st_size}
+            for path in self._files()
+        ]
         return web.json_response({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": names})
 
     async def _tree(self, request: web.Request) -> web.Response:

@@ -273,6 +273,27 @@ def test_unknown_enumeration_values_are_refused() -> None:
     assert faults_of(dreambooth(lr_scheduler=99)) == ["lr_scheduler"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "faults"),
+    [
+        ({"resume_checkpoint_url": "file:///models/a.ckpt"}, ["resume_checkpoint_url"]),
+        ({"resume_checkpoint_url": "../a"}, ["resume_checkpoint_url"]),
+        ({"resume_checkpoint_url": "a/b/c"}, ["resume_checkpoint_url"]),
+        ({"revision": "main"}, ["revision"]),
+    ],
+)
+def test_starting_weights_that_are_neither_an_address_nor_a_repository_are_refused(
+    fields: dict[str, str], faults: list[str]
+) -> None:
+    assert faults_of(dreambooth(**fields)) == faults
+
+
+@pytest.mark.parametrize("address", ["somebody/a-model.v2", "https://models.example.org/a.ckpt"])
+def test_starting_weights_are_named_by_an_address_or_a_repository(address: str) -> None:
+    spec = resolve_training_spec(dreambooth(resume_checkpoint_url=address, revision="main"))
+    assert (spec.resume_checkpoint_url, spec.revision) == (address, "main")
+
+
 @pytest.mark.parametrize("folder", ["../x", "/x", "a/../b", "C:/x", "a\\..\\b"])
 def test_a_hub_subfolder_stays_inside_the_repository(folder: str) -> None:
     fields = {"resume_checkpoint_url": "https://hub.example.org/a/b", "hub_subfolder": folder}

@@ -11,6 +11,7 @@ from google.protobuf import json_format
 from likeness.inference.v1 import generation_job_pb2, inference_service_pb2
 from likeness.job.v1 import job_pb2
 from likeness.storage.v1 import artifact_pb2, model_pb2
+from likeness.storage.v1.storage_service_pb2 import ImportModelResponse
 from likeness.training.v1 import training_job_pb2
 
 from services.adapters.memory import MemoryPlatform
@@ -43,6 +44,7 @@ class FakeStorage:
         self.datasets: dict[str, list[artifact_pb2.DatasetImage]] = {}
         self.documents: dict[str, Any] = {}
         self.imports: list[str] = []
+        self.models: list[tuple[str, str, str, str]] = []
         self.captions_read: list[bool] = []
         self.faults: list[Exception] = []
 
@@ -50,6 +52,16 @@ class FakeStorage:
         if model not in ("", "pocket"):
             raise NotFound(model)
         return BASE
+
+    async def import_model(self, project: str, address: str, **kwargs: Any) -> ImportModelResponse:
+        if self.faults:
+            raise self.faults.pop()
+        self.models.append((address, kwargs["base_model"], kwargs["revision"], kwargs["subfolder"]))
+        imported = model_pb2.Model(model="imported-1", manifest_key="dev/one", manifest_digest="e" * 64)
+        if not address.endswith("checkpoint.zip"):
+            return ImportModelResponse(model=imported)
+        state = training_job_pb2.CheckpointRef(manifest_key="state", step=7)
+        return ImportModelResponse(model=BASE, checkpoint=state)
 
     async def import_dataset(
         self, project: str, source: training_job_pb2.ImageSource, **kwargs: Any
@@ -222,6 +234,47 @@ async def test_prepare_imports_draws_what_is_missing_and_makes_the_job_ready() -
     assert [image.key for image in drawn] == [f"photo of a dog#{100 + i}" for i in range(5)]
     assert [spec.num_images for spec in house.inference.specs] == [2, 2, 1]
     assert {(spec.width_px, spec.num_inference_steps) for spec in house.inference.specs} == {(256, 50)}
+
+
+async def test_a_model_from_an_address_takes_the_place_of_the_base_model() -> None:
+    spec = a_spec(resume_checkpoint_url="somebody/model", revision="v1", hub_subfolder="pipeline")
+    house = House(spec)
+    await house.leader.lead(await house.admit())
+    record = (await house.read()).record
+    assert house.storage.models == [("somebody/model", "pocket", "v1", "pipeline")]
+    assert record.model == "e" * 64
+    prepared = json_format.ParseDict(dict(record.prepared or {}), training_job_pb2.PreparedInputs())
+    assert prepared.base_manifest_key == "dev/one"
+    assert not prepared.HasField("start_checkpoint")
+    assert {spec.model for spec in house.inference.specs} == {"imported-1"}
+
+
+async def test_a_published_state_from_an_address_is_passed_on_to_the_trainer() -> None:
+    house = House(a_spec(resume_checkpoint_url="https://models.example.org/checkpoint.zip"))
+    await house.leader.lead(await house.admit())
+    record = (await house.read()).record
+    prepared = json_format.ParseDict(dict(record.prepared or {}), training_job_pb2.PreparedInputs())
+    assert (prepared.base_manifest_key, prepared.start_checkpoint.step) == (BASE.manifest_key, 7)
+    assert prepared.start_checkpoint.manifest_key == "state"
+
+
+@pytest.mark.parametrize(
+    ("fault", "field", "said"),
+    [
+        (BadInput("it is a program", "resume_checkpoint_url"), "resume_checkpoint_url", "it is a program"),
+        (DeadlineExceeded("late"), "resume_checkpoint_url", "did not come in time"),
+        (NotFound("pocket"), "base_model", "there is no model 'pocket'"),
+    ],
+)
+async def test_a_model_that_cannot_be_imported_ends_the_job(fault: Exception, field: str, said: str) -> None:
+    house = House(a_spec(resume_checkpoint_url="https://models.example.org/a.ckpt"))
+    house.storage.faults.append(fault)
+    await house.leader.lead(await house.admit())
+    record = (await house.read()).record
+    assert record.state is JobState.FAILED
+    assert record.error is not None
+    assert record.error.field == field
+    assert said in record.error.message
 
 
 @pytest.mark.parametrize(

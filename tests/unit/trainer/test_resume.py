@@ -255,6 +255,16 @@ def test_a_published_state_that_cannot_be_used_is_the_callers_fault(
         bench.train(demanding_spec(max_train_steps=2), name="second", start_from=state)
 
 
+def test_a_published_state_that_says_something_else_than_ours_is_the_callers_fault(bench: Bench) -> None:
+    first = bench.train(demanding_spec(max_train_steps=1, save_optimizer=True), name="first")
+    state = published_state(first, bench.folder / "state")
+    found = checkpoints.read(state)
+    forged = replace(found, state={**found.state, "counters": {"planned": 1, "no such counter": 2}})
+    folder = checkpoints.write(bench.folder / "forged", forged)
+    with pytest.raises(BadInput, match="no such counter"):
+        bench.train(demanding_spec(max_train_steps=2), name="second", start_from=folder)
+
+
 def test_a_published_state_of_other_parts_is_refused(bench: Bench) -> None:
     first = bench.train(demanding_spec(max_train_steps=1, save_optimizer=True), name="first")
     state = published_state(first, bench.folder / "state")
