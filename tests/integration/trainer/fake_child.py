@@ -76,6 +76,10 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
         for step in range(1, TOTAL * 100):
             link.emit(progress(step))
             time.sleep(0.02)
+    elif scenario == "tells its start":
+        files = sorted(Path(command["start_from"]).iterdir())
+        told = [f"{file.name}: {file.read_text()}" for file in files]
+        link.emit({**ended("trained", folder), "warnings": told})
     elif scenario == "tells its data":
         images = json.loads(Path(command["dataset"]).read_text())["images"]
         paths = [picture["path"] for picture in command["concepts"][0]["instance_pictures"]]

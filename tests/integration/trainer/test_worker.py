@@ -484,6 +484,19 @@ async def test_a_stored_checkpoint_whose_bytes_are_damaged_gives_way_to_the_one_
         assert (found / "weights").read_text() == f"weights of {step}"
 
 
+async def test_the_state_to_start_from_is_brought_to_the_child(
+    platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path, tmp_path: Path
+) -> None:
+    await platform.add_base_model(small_base)
+    [key] = await stored_checkpoints(platform, tmp_path, 1)
+    async with platform.worker("tells its start", module=FAKE):
+        assignment = await platform.assignment(spec_of(), pictures)
+        assignment.prepared.start_checkpoint.manifest_key = key
+        platform.api.waiting.append(assignment)
+        await platform.api.until(lambda: platform.api.kinds()[-1:] in (["trained"], ["failed"]))
+    assert list(platform.api.last.trained.result.warnings)[1:] == ["weights: weights of 1"]
+
+
 async def test_a_child_that_reaches_no_checkpoint_in_time_is_left_and_the_job_given_back(
     platform: Platform, pictures: tuple[list[Path], list[Path]], small_base: Path
 ) -> None:
