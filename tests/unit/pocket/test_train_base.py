@@ -118,7 +118,8 @@ def test_doubling_by_copying_changes_nothing_that_the_unet_computes() -> None:
     for output in outputs:
         output.square().mean().backward()
     for (name, one), two in zip(plain.named_parameters(), copying.parameters(), strict=True):
-        assert one.grad is not None and two.grad is not None
+        assert one.grad is not None
+        assert two.grad is not None
         torch.testing.assert_close(one.grad, two.grad, msg=name)
 
 
