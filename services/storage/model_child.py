@@ -121,7 +121,7 @@ def _pipeline_root(names: set[str], subfolder: str) -> str:
         return root
     roots = sorted(
         (name.removesuffix(_INDEX) for name in names if PurePosixPath(name).name == _INDEX),
-        key=lambda root: root.count("/"),
+        key=lambda root: (root.count("/"), root),
     )
     if not roots:
         raise BadInput(f"the archive is no diffusers folder: it has no {_INDEX}")
