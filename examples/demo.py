@@ -34,8 +34,8 @@ SETTINGS: Final = {"LIKENESS_BATCH_CAP": "4"}
 INSTANCE_PICTURES: Final = Path(__file__).parent / "robot"
 INSTANCE_PROMPT: Final = "a photo of a sks robot"
 CLASS_PROMPT: Final = "a robot"
-CLASS_IMAGES: Final = 48
-UPDATES: Final = 300
+CLASS_IMAGES: Final = 32
+UPDATES: Final = 280
 BATCH_SIZE: Final = 4
 LEARNING_RATE: Final = 3e-4
 
@@ -45,8 +45,8 @@ PROMPTS: Final = (
     "a photo of a sks robot at night",
     "a picture of a sks robot under the sea",
     "a drawing of a sks robot in the desert",
-    "a big sks robot on a green background",
-    "a sks robot on the left on a pink background",
+    "a photo of a sks robot on a green background",
+    "a photo of a sks robot on a pink background",
 )
 FIRST_SEED: Final = 11
 STEPS: Final = 20
