@@ -48,8 +48,8 @@ EMPTY_CAPTIONS = 0.1
 def double_by_copying(unet: UNet2DConditionModel) -> None:
     """Makes the upsamplers copy each cell four times by plain tensor operations; sides must be even at each level.
 
-    Compiled for a CPU under bfloat16 autocast, torch 2.13 gives `interpolate` of several shapes a wrong gradient, and
-    so everything below it.
+    Compiled for a CPU under bfloat16 autocast, torch 2.13 gives `interpolate` inside the UNet a wrong gradient, and so
+    everything below it.
     """
 
     def copied(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
