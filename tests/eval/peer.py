@@ -30,7 +30,7 @@ def learn(
     checkout: Path,
     model: Path,
     prompts: tuple[str, str],
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[tuple[Image.Image, str]],
     samples: Sequence[str],
     seeds: int,
     folder: Path,
@@ -43,7 +43,7 @@ def learn(
     with tempfile.TemporaryDirectory(prefix="likeness-eval-") as name:
         work = Path(name)
         (work / "instance").mkdir()
-        for index, picture in enumerate(pictures):
+        for index, (picture, _) in enumerate(pictures):
             picture.save(work / "instance" / f"{index}.png")
         started = time.monotonic()
         _run(checkout / SCRIPT, arguments_of(recipe, model, work, prompts))

@@ -152,7 +152,7 @@ def _learner(plan: Plan, stack: ExitStack) -> Learner:
 
     def learn(recipe: Recipe, subject: Subject, folder: Path) -> Learned:
         prompts = subject.instance_prompt, subject.class_prompt
-        pictures = [draw(scene) for scene in instance_scenes(subject)]
+        pictures = [(draw(scene), subject.captioned(scene.background)) for scene in instance_scenes(subject)]
         samples = [asked.text for asked in plan.asked(subject)]
         if recipe.by == "diffusers":
             assert plan.checkout is not None

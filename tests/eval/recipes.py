@@ -15,6 +15,9 @@ LEARNING_RATE = 3e-4
 """Of the UNet and of the text encoder."""
 CLASS_IMAGES = 48
 PRIOR_WEIGHT = 1.0
+LORA_RANK = 16
+LORA_LEARNING_RATE = 3e-3
+TEXT_ENCODER_UPDATES = 150
 INSTANCE_PICTURES = 5
 TRAINING_SEED = 1337
 IDENTIFIER = "sks"
@@ -45,6 +48,9 @@ class Recipe:
         by: who trains: the service, or diffusers' own example script.
         input: of the request, beside `concepts` and `samples`; the script is told the same numbers as arguments.
         concept: of its one concept, beside pictures and prompts.
+        spec: fields of `TrainingSpec`, in its JSON form, that the request has no words for. A recipe with such asks the
+            training service itself, by gRPC, for what the request means and these.
+        captioned: each picture comes with a caption that names its background, in a text file beside it.
     """
 
     name: str
@@ -52,6 +58,8 @@ class Recipe:
     by: Literal["service", "diffusers"] = "service"
     input: Mapping[str, Any] = field(default_factory=dict)
     concept: Mapping[str, Any] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    captioned: bool = False
 
 
 _PRIOR = _COMMON | {"with_prior_preservation": True, "prior_loss_weight": PRIOR_WEIGHT}
@@ -76,13 +84,52 @@ RECIPES = (
         input=_PRIOR,
         concept={"num_class_images": CLASS_IMAGES},
     ),
+    Recipe(
+        "LoRA, prior",
+        f"low-rank factors of rank {LORA_RANK} on every attention and convolution of the UNet and on the text "
+        "encoder, prior preservation",
+        input=_PRIOR | {"learning_rate": LORA_LEARNING_RATE},
+        concept={"num_class_images": CLASS_IMAGES},
+        spec={
+            "method": "TRAINING_METHOD_LOCON",
+            "lora": {
+                "rank": LORA_RANK,
+                "alpha": LORA_RANK,
+                "conv_rank": LORA_RANK,
+                "conv_alpha": LORA_RANK,
+            },
+        },
+    ),
+    Recipe(
+        "two schedules, prior",
+        f"as the first row, but the text encoder learns for {TEXT_ENCODER_UPDATES} updates only, "
+        "as `fine_tune_v2` has it",
+        input=_PRIOR,
+        concept={"num_class_images": CLASS_IMAGES},
+        spec={"text_encoder_steps": TEXT_ENCODER_UPDATES},
+    ),
+    Recipe(
+        "captioned",
+        "general fine-tuning by the EveryDream recipe: each picture has a caption that names its background, no prior",
+        input=_COMMON | {"with_prior_preservation": False},
+        concept={"num_class_images": 0},
+        spec={
+            "recipe": "RECIPE_EVERYDREAM",
+            "aspect_ratio_bucketing": True,
+            "clip_models_separately": True,
+            "caption_dropout": 0.04,
+        },
+        captioned=True,
+    ),
 )
 
 
 def shortened(recipe: Recipe, updates: int | None, class_images: int | None) -> Recipe:
     """A recipe with fewer updates or class pictures, for a trial; None leaves a number as it is."""
     given = dict(recipe.input) | ({"max_train_steps": updates} if updates else {})
-    wanted = dict(recipe.concept)
+    wanted, spec = dict(recipe.concept), dict(recipe.spec)
     if class_images and wanted.get("num_class_images"):
         wanted["num_class_images"] = class_images
-    return replace(recipe, input=given, concept=wanted)
+    if updates and "text_encoder_steps" in spec:
+        spec["text_encoder_steps"] = max(1, updates * TEXT_ENCODER_UPDATES // UPDATES)
+    return replace(recipe, input=given, concept=wanted, spec=spec)

@@ -40,6 +40,10 @@ class Subject:
         """What its pictures are captioned with."""
         return f"a photo of a {IDENTIFIER} {self.noun}"
 
+    def captioned(self, background: str) -> str:
+        """A caption of one of its pictures that names the background too."""
+        return f"{self.instance_prompt} {background_phrase(background)}"
+
     @property
     def class_prompt(self) -> str:
         """What the class pictures are drawn from."""

@@ -6,26 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from likeness.training.v1 import training_job_pb2 as pb
 from PIL import Image
 
 from models.pocket.drawing import draw
-from models.pocket.scenes import Scene
+from models.pocket.scenes import Scene, background_phrase
 from services.domain.training_spec import resolve_training_spec
 from services.gateway.dialects.runpod.dream_booth_v1 import read_input
+from services.trainer.support import check_supported
 from tests.eval import __main__ as command
 from tests.eval import peer, personalisation, report, service, text
 from tests.eval.personalisation import Plan
 from tests.eval.recipes import (
     CLASS_IMAGES,
     LEARNING_RATE,
+    LORA_RANK,
     RECIPES,
     SUBJECT_NAMES,
+    TEXT_ENCODER_UPDATES,
     UPDATES,
     Recipe,
     shortened,
 )
 from tests.eval.service import Learned, path_of, seeds_of
-from tests.eval.subjects import Subject, drawn, subjects
+from tests.eval.subjects import Subject, drawn, instance_scenes, subjects
 
 SEEDS = 2
 
@@ -119,13 +123,39 @@ def test_the_service_takes_the_request_of_every_recipe(recipe: Recipe) -> None:
     samples = [f"prompt {index}" for index in range(21)]
     prompts = "a photo of a sks robot", "a photo of a robot"
     request = service.request_for(recipe, prompts, "http://127.0.0.1:1/pictures.zip", samples, 3)
-    submission = read_input(request["input"], lambda: 0)
-    assert not submission.ignored
-    spec = resolve_training_spec(submission.spec)
+    assert not read_input(request["input"], lambda: 0).ignored
+    spec = resolve_training_spec(service.spec_of(recipe, request))
+    check_supported(spec)
     assert spec.max_train_steps == UPDATES
     assert spec.concepts[0].instance_prompt == prompts[0]
     assert [sample.seed for sample in spec.samples] == [seeds_of(index, 3)[0] for index in range(21)]
     assert all(sample.guidance_scale == 4 and sample.num_images == 3 for sample in spec.samples)
+
+
+def test_what_http_has_no_words_for_is_asked_by_grpc() -> None:
+    specs = {
+        recipe.name: service.spec_of(recipe, service.request_for(recipe, ("a", "b"), "http://h/z", ["c"], 2))
+        for recipe in RECIPES
+        if recipe.spec
+    }
+    assert specs["LoRA, prior"].method == pb.TRAINING_METHOD_LOCON
+    assert specs["LoRA, prior"].lora.rank == LORA_RANK
+    assert specs["two schedules, prior"].text_encoder_steps == TEXT_ENCODER_UPDATES < UPDATES
+    assert specs["captioned"].recipe == pb.RECIPE_EVERYDREAM
+
+
+def test_captioned_pictures_say_their_background_and_others_say_nothing() -> None:
+    subject = subjects(("cat",))[0]
+    scenes = instance_scenes(subject)
+    pictures = [(draw(scene), subject.captioned(scene.background)) for scene in scenes]
+    plain, captioned = (
+        next(recipe for recipe in RECIPES if recipe.captioned is wanted) for wanted in (False, True)
+    )
+    assert list(service.archive_files(plain, pictures)) == [f"{index}.png" for index in range(5)]
+    captions = service.archive_files(captioned, pictures)
+    assert [captions[f"{index}.txt"].decode() for index in range(5)] == [
+        f"a photo of a sks cat {background_phrase(scene.background)}" for scene in scenes
+    ]
 
 
 def test_the_script_is_told_the_numbers_of_the_recipe_with_a_prior() -> None:
