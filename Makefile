@@ -6,14 +6,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-SOURCES := services models tests examples
+SOURCES := services models tests examples deploy
+IMAGES := $(patsubst deploy/docker/%.Dockerfile,%,$(wildcard deploy/docker/*.Dockerfile))
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # pip reads its own environment and configuration: a source of CPU wheels set there is honoured.
 INSTALLED := $(VENV)/.installed
 GENERATED := gen/.generated
 PROTOS := $(shell find protos -name '*.proto' 2>/dev/null)
 
-.PHONY: help setup protos format lint typecheck imports protolint check test demo run bench chaos eval clean
+.PHONY: help setup protos format lint typecheck imports protolint check test demo run bench chaos eval k8s images clean
 
 help:  ## show this index
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | sort | expand -t 12
@@ -74,6 +76,15 @@ chaos: setup  ## kill trainings at random moments; each must end with the bits o
 
 eval: setup  ## picture quality: what the base draws, what trainings teach it; writes docs/evaluation
 	$(PY) -m tests.eval
+
+k8s: setup  ## render every overlay of deploy/k8s and check it: schemas, policy, placement, reachability
+	$(PY) -m pytest -q tests/unit/deploy/test_manifests.py
+
+images: $(addprefix image-,$(IMAGES))  ## build all container images (deploy/docker); the workers' for CUDA
+
+image-%:
+	docker build -f deploy/docker/$*.Dockerfile --build-arg VERSION=$(VERSION) \
+	    --build-arg REVISION=$$(git rev-parse HEAD) -t likeness/$*:$(VERSION)$(if $(findstring worker,$*),-cuda) .
 
 clean:  ## remove what is built; keeps .venv and the platform's data in .likeness
 	rm -rf gen build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
