@@ -14,6 +14,7 @@ from likeness.inference.v1 import generation_job_pb2 as pb
 from PIL import Image
 from torch import Tensor
 
+from services.diffusion.init_images import InitImage, in_float32
 from services.diffusion.loading import Components
 from services.diffusion.prompts import encode, tokenize
 from services.diffusion.samplers import Sampler, build_sampler
@@ -31,6 +32,7 @@ class Drawing:
         scheduler: canonical value; unspecified is DDIM.
         clip_skip: layer of the text encoder counted from the end, 1 the last.
         seed: 0..2^63-1.
+        strength: how far to move away from the picture that is started from, 0..1; None: there is none.
     """
 
     prompt: str
@@ -46,6 +48,7 @@ class Drawing:
     eta: float = 0.0
     clip_skip: int = 1
     seed: int = 0
+    strength: float | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -54,7 +57,10 @@ class Drawing:
 
 
 def draw(
-    components: Components, drawing: Drawing, on_step: Callable[[int, int], None] | None = None
+    components: Components,
+    drawing: Drawing,
+    on_step: Callable[[int, int], None] | None = None,
+    init_image: InitImage | None = None,
 ) -> Image.Image:
     """Draw one picture.
 
@@ -62,27 +68,31 @@ def draw(
         components: the model; its modules are put into no other mode than they have.
         drawing: what to draw.
         on_step: told the number of finished UNet calls and their total.
+        init_image: what to start from when the drawing has a strength.
 
     Raises:
         InvalidSpec: the model or scheduler cannot do what is asked.
         Diverged: the model's output is not finite.
     """
     width_px, height_px = size_px(components, drawing)
-    pixels = decode(components, draw_latents(components, drawing, on_step))
-    return to_image(pixels[0, :, :height_px, :width_px])
+    pixels = decode(components, draw_latents(components, drawing, on_step, init_image))
+    cut = pixels[0, :, :height_px, :width_px]
+    return to_image(cut if init_image is None else init_image.pasted(cut))
 
 
 @torch.no_grad()
 def draw_latents(
-    components: Components, drawing: Drawing, on_step: Callable[[int, int], None] | None = None
+    components: Components,
+    drawing: Drawing,
+    on_step: Callable[[int, int], None] | None = None,
+    init_image: InitImage | None = None,
 ) -> Tensor:
     """Denoise one picture, without decoding; arguments and errors as :func:`draw`.
 
     Returns:
         Latents, float32 [1, c, h, w], in the UNet's scale.
     """
-    sampler = sampler_of(components, drawing)
-    latents = sampler.start(initial_noise(components, drawing, sampler.generator))
+    sampler, latents = begin(components, drawing, init_image)
     context = encode_context(components, drawing)
     for index in range(sampler.calls):
         prediction = predict(components, [Row(sampler, latents, index)], context)
@@ -92,6 +102,17 @@ def draw_latents(
         if on_step is not None:
             on_step(index + 1, sampler.calls)
     return latents
+
+
+def begin(
+    components: Components, drawing: Drawing, init_image: InitImage | None = None
+) -> tuple[Sampler, Tensor]:
+    """The picture's sampler, and the latents [1, c, h, w] that it starts from; errors as :func:`draw`."""
+    sampler = sampler_of(components, drawing)
+    # The library's pipelines draw in this order too: the picture's latents, then the noise over them.
+    original = None if init_image is None else init_image.original(sampler.generator)
+    noise = initial_noise(components, drawing, sampler.generator)
+    return sampler, sampler.start(noise, original)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +187,7 @@ def sampler_of(components: Components, drawing: Drawing) -> Sampler:
         use_karras_sigmas=drawing.use_karras_sigmas,
         algorithm=drawing.algorithm,
         eta=drawing.eta,
+        strength=drawing.strength,
     )
 
 
@@ -222,12 +244,8 @@ def _decoded(components: Components, scaled: Tensor) -> Tensor:
 
 
 def _decoded_in_float32(components: Components, scaled: Tensor) -> Tensor:
-    precision = components.vae.dtype
-    components.vae.to(torch.float32)
-    try:
+    with in_float32(components.vae):
         pixels = _decoded(components, scaled)
-    finally:
-        components.vae.to(precision)
     if not _is_finite(pixels):
         raise Diverged("the decoded picture is not finite")
     return pixels

@@ -4,6 +4,7 @@ The library's scheduler objects carry state from step to step. Every picture the
 generator of its own, which lets pictures with different schedulers and step counts share one call of the UNet.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -32,6 +33,8 @@ class SamplerRow:
         algorithm: it takes a variant of the DPM-Solver family.
         generator: its step draws noise, and takes the generator to draw it from.
         eta: its step takes DDIM's eta.
+        repeats_second: the second of its timesteps is visited twice, wherever the walk begins.
+        order: most calls that a step looks back on, where its object has to be told that they are fewer; else 0.
     """
 
     cls: Any
@@ -40,14 +43,16 @@ class SamplerRow:
     algorithm: bool = False
     generator: bool = False
     eta: bool = False
+    repeats_second: bool = False
+    order: int = 0
 
 
 SAMPLERS: Mapping[int, SamplerRow] = MappingProxyType(
     {
         pb.SCHEDULER_DDIM: SamplerRow(diffusers.DDIMScheduler, generator=True, eta=True),
         pb.SCHEDULER_DDPM: SamplerRow(diffusers.DDPMScheduler, generator=True),
-        pb.SCHEDULER_PNDM: SamplerRow(diffusers.PNDMScheduler, {"skip_prk_steps": True}),
-        pb.SCHEDULER_LMS_DISCRETE: SamplerRow(diffusers.LMSDiscreteScheduler, karras=True),
+        pb.SCHEDULER_PNDM: SamplerRow(diffusers.PNDMScheduler, {"skip_prk_steps": True}, repeats_second=True),
+        pb.SCHEDULER_LMS_DISCRETE: SamplerRow(diffusers.LMSDiscreteScheduler, karras=True, order=4),
         pb.SCHEDULER_EULER_DISCRETE: SamplerRow(
             diffusers.EulerDiscreteScheduler, karras=True, generator=True
         ),
@@ -79,30 +84,57 @@ _ALGORITHMS: Mapping[int, str] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The latents of a picture that a walk starts from.
+
+    Attributes:
+        latents: float32 [1, c, h, w] without noise, in the UNet's scale.
+        mask: float32 [1, 1, h, w], 1 where it is repainted and 0 where it is kept; None: nothing is kept.
+    """
+
+    latents: Tensor
+    mask: Tensor | None = None
+
+
 @dataclass(slots=True)
 class Sampler:
-    """One picture's way from noise to latents.
+    """One picture's way from noise, or from a picture with noise, to latents.
 
     Attributes:
         scheduler: the library's object, used by this picture only.
         timesteps: what the UNet is told at each call, on the CPU; second-order methods have nearly two a step.
         generator: source of the noise that stochastic methods add.
         step_arguments: what the object's step takes besides prediction, timestep and latents.
+        starts_from_noise: the walk is a whole one, so nothing of an original shows through its first noise.
+        order: of the table's row.
     """
 
     scheduler: Any
     timesteps: Tensor
     generator: torch.Generator
     step_arguments: Mapping[str, Any]
+    starts_from_noise: bool = True
+    order: int = 0
+    _kept: tuple[Original, Tensor] | None = None
 
     @property
     def calls(self) -> int:
         """UNet calls that the whole walk takes."""
         return len(self.timesteps)
 
-    def start(self, noise: Tensor) -> Tensor:
-        """Unit Gaussian noise, scaled to the walk's first noise level."""
-        return noise * float(self.scheduler.init_noise_sigma)
+    def start(self, noise: Tensor, original: Original | None = None) -> Tensor:
+        """Where the walk begins: noise scaled to its first level, added to what there is to start from.
+
+        Args:
+            noise: unit Gaussian, [1, c, h, w].
+            original: a picture to start from, whose kept part the walk then keeps.
+        """
+        if original is not None and original.mask is not None:
+            self._kept = (original, noise)
+        if original is None or self.starts_from_noise:
+            return noise * float(self.scheduler.init_noise_sigma)
+        return self._with_noise(original.latents, noise, 0)
 
     def model_input(self, latents: Tensor, index: int) -> Tensor:
         """What the UNet sees of `latents` at call number `index`, from 0."""
@@ -119,10 +151,30 @@ class Sampler:
         Returns:
             The new latents.
         """
+        arguments = dict(self.step_arguments)
+        if (
+            self.order
+        ):  # A walk that begins late has no past; the library's pipelines weigh one in all the same.
+            arguments["order"] = min(index + 1, self.order)
         moved = self.scheduler.step(
-            prediction, self.timesteps[index], latents, **self.step_arguments, return_dict=False
+            prediction, self.timesteps[index], latents, **arguments, return_dict=False
         )
-        return moved[0]
+        return self._with_kept_part(moved[0], index + 1)
+
+    def _with_kept_part(self, latents: Tensor, index: int) -> Tensor:
+        """Puts the original, with the noise of the next call, back where it is kept (Lugmayr et al. 2022, eq. 8)."""
+        if self._kept is None:
+            return latents
+        original, noise = self._kept
+        known = original.latents
+        if index < self.calls:
+            known = self._with_noise(known, noise, index)
+        mask: Any = original.mask
+        return (1 - mask) * known + mask * latents
+
+    def _with_noise(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
+        noised: Tensor = self.scheduler.add_noise(latents, noise, self.timesteps[index : index + 1])
+        return noised
 
 
 def build_sampler(
@@ -134,6 +186,7 @@ def build_sampler(
     use_karras_sigmas: bool = False,
     algorithm: int = pb.SOLVER_ALGORITHM_UNSPECIFIED,
     eta: float = 0.0,
+    strength: float | None = None,
 ) -> Sampler:
     """Make one picture's sampler.
 
@@ -145,6 +198,8 @@ def build_sampler(
         use_karras_sigmas: used by the schedulers that know it.
         algorithm: canonical variant of the DPM-Solver family; used by that family.
         eta: DDIM's, 0..1; used by DDIM.
+        strength: of a walk that starts from a picture, 0..1: this share of the steps is walked, rounded up, at least
+            one. None: there is no picture.
 
     Raises:
         InvalidSpec: the scheduler is not available, or cannot walk in this many steps.
@@ -158,7 +213,29 @@ def build_sampler(
     arguments: dict[str, Any] = {"generator": generator} if row.generator else {}
     if row.eta:
         arguments["eta"] = eta
-    return Sampler(library_object, library_object.timesteps, generator, arguments)
+    timesteps = library_object.timesteps
+    if strength is not None:
+        timesteps = _last_part(row, library_object, steps - walked_steps(steps, strength))
+    return Sampler(library_object, timesteps, generator, arguments, strength in (None, 1), row.order)
+
+
+def walked_steps(steps: int, strength: float) -> int:
+    """Denoising steps that are walked from a picture, at least 1; strength is 0..1."""
+    # Rounded first, as for instance 50 * 0.14 is a little more than 7.
+    return max(1, math.ceil(round(steps * strength, 6)))
+
+
+def _last_part(row: SamplerRow, library_object: Any, skipped: int) -> Tensor:
+    """The timesteps of a walk without its first steps; the object is told where it begins."""
+    timesteps: Tensor = library_object.timesteps
+    if row.repeats_second:
+        # The library's pipelines cut the list with the repetition in it, after which the method is a step astray.
+        rest = timesteps.unique().flip(0)[skipped:]
+        return torch.cat([rest[:2], rest[1:]])
+    begin = skipped * library_object.order
+    if hasattr(library_object, "set_begin_index"):
+        library_object.set_begin_index(begin)
+    return timesteps[begin:]
 
 
 def sampler_row(scheduler: int) -> SamplerRow:
