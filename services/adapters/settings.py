@@ -24,6 +24,9 @@ from pydantic_settings import (
 )
 
 PREFIX = "LIKENESS_"
+FILE_SUFFIX = "_FILE"
+"""Ends the name of a variable that names a file with the value: secrets need not stand in the environment."""
+
 CONFIGURATION_FAULT = 78
 """Exit status of a process whose settings are wrong (EX_CONFIG of sysexits.h)."""
 
@@ -467,8 +470,9 @@ def load(cls: type[S], environ: Mapping[str, str]) -> S:
         SettingsError: with every wrong value and every unknown `LIKENESS_` variable.
     """
     source = EnvSettingsSource(cls, env_ignore_empty=True)
+    environ, faults = _with_files(environ)
     source.env_vars = {name.lower(): value for name, value in environ.items() if value != ""}
-    faults = _unknown(environ)
+    faults += _unknown(environ)
     try:
         settings = cls(**source())
     except ValidationError as error:
@@ -476,6 +480,24 @@ def load(cls: type[S], environ: Mapping[str, str]) -> S:
     if faults:
         raise SettingsError(faults)
     return settings
+
+
+def _with_files(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Reads the values that are given as files (`LIKENESS_NATS_URL_FILE`); returns the variables and the faults."""
+    known, values, faults = variables(), dict(environ), []
+    for given in sorted(name for name in environ if name.startswith(PREFIX) and name.endswith(FILE_SUFFIX)):
+        name = given.removesuffix(FILE_SUFFIX)
+        if given in known or name not in known:
+            continue
+        path = values.pop(given)
+        if values.get(name):
+            faults.append(f"{given}: {name} is set too; one of them must go")
+            continue
+        try:
+            values[name] = Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            faults.append(f"{given}: {path} cannot be read ({error.__class__.__name__})")
+    return values, faults
 
 
 def _unknown(environ: Mapping[str, str]) -> list[str]:
@@ -543,8 +565,9 @@ def render_table() -> str:
         "# Settings",
         "",
         "Every setting is an environment variable. An unknown `LIKENESS_` variable, or a wrong value, keeps a",
-        "process from starting; all faults are reported together. This page is generated:",
-        "`python -m services.adapters.settings > docs/settings.md`.",
+        "process from starting; all faults are reported together. With `_FILE` behind its name a variable names a",
+        "file that holds the value (`LIKENESS_NATS_URL_FILE=/run/secrets/nats-url`), white space around it left out.",
+        "This page is generated: `python -m services.adapters.settings > docs/settings.md`.",
         "",
         "| variable | default | unit | read by | meaning |",
         "|---|---|---|---|---|",

@@ -96,3 +96,26 @@ def test_every_setting_has_a_sentence() -> None:
 def test_the_settings_page_is_current() -> None:
     page = Path(__file__).parents[3] / "docs" / "settings.md"
     assert page.read_text() == settings.render_table()
+
+
+def test_a_value_may_come_from_a_file(tmp_path: Path) -> None:
+    secret = tmp_path / "nats-url"
+    secret.write_text("nats://gateway:secret@nats:4222\n")
+    gateway = settings.load(settings.GatewaySettings, {"LIKENESS_NATS_URL_FILE": str(secret)})
+    assert gateway.nats_url == "nats://gateway:secret@nats:4222"
+
+
+def test_a_file_that_is_missing_or_given_beside_the_value_is_a_fault(tmp_path: Path) -> None:
+    environ = {
+        "LIKENESS_NATS_URL_FILE": str(tmp_path / "none"),
+        "LIKENESS_PUBLIC_URL": "https://a.example",
+        "LIKENESS_PUBLIC_URL_FILE": str(tmp_path / "url"),
+        "LIKENESS_NO_SUCH_FILE": "x",
+    }
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.load(settings.GatewaySettings, environ)
+    assert caught.value.faults == [
+        f"LIKENESS_NATS_URL_FILE: {tmp_path / 'none'} cannot be read (FileNotFoundError)",
+        "LIKENESS_PUBLIC_URL_FILE: LIKENESS_PUBLIC_URL is set too; one of them must go",
+        "LIKENESS_NO_SUCH_FILE: no such setting",
+    ]
