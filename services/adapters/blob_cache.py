@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -98,6 +98,15 @@ class BlobCache:
                 await self._download(storage, key, target)
         await asyncio.to_thread(self.evict)
         return target
+
+    @contextlib.asynccontextmanager
+    async def lent(self, storage: StorageClient, key: str, size_bytes: int) -> AsyncIterator[Path]:
+        """A blob as a file of this process's own for as long as the context lasts; arguments as :meth:`place`."""
+        target = self._holder.new_path()
+        try:
+            yield await self.place(storage, key, target, size_bytes)
+        finally:
+            await asyncio.to_thread(target.unlink, missing_ok=True)
 
     async def fetch_model(self, storage: StorageClient, model: Model | str) -> FetchedModel:
         """Makes a model's folder out of the cache, fetching what is missing.

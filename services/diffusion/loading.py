@@ -100,11 +100,16 @@ class Components:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A diffusers folder on disk, each part loaded on its own so that models can share parts."""
+    """A diffusers folder on disk, each part loaded on its own so that models can share parts.
+
+    Attributes:
+        merges_adapters: LoRA files in the folder of a part are merged into its weights.
+    """
 
     root: Path
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+    merges_adapters: bool = True
 
     @property
     def has_part_files(self) -> bool:
@@ -172,7 +177,8 @@ class ModelFolder:
         return module.to(self.device).eval()
 
     def _adapted(self, module: Any, part: Part) -> Any:
-        for path in sorted((self.root / part).glob(ADAPTER_PATTERN)):
+        paths = (self.root / part).glob(ADAPTER_PATTERN) if self.merges_adapters else ()
+        for path in sorted(paths):
             merge(module, read_lora(path), part=part)
         return module
 
@@ -241,7 +247,11 @@ class SingleFile(ModelFolder):
 
 
 def open_model(
-    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    merges_adapters: bool = True,
 ) -> ModelFolder:
     """Look at a model's folder and say how its parts are loaded; the only place that tells the forms apart.
 
@@ -249,11 +259,13 @@ def open_model(
         folder: a diffusers folder, or one that holds `model.safetensors` and the folder `config`.
         dtype: precision of all weights.
         device: where they go.
+        merges_adapters: False loads the base alone of a model that was trained as a LoRA.
     """
     checkpoint = folder / SINGLE_FILE_NAME
     if checkpoint.is_file():
-        return SingleFile(folder / SINGLE_FILE_CONFIG, dtype, device, checkpoint=checkpoint)
-    return ModelFolder(folder, dtype, device)
+        config = folder / SINGLE_FILE_CONFIG
+        return SingleFile(config, dtype, device, merges_adapters, checkpoint=checkpoint)
+    return ModelFolder(folder, dtype, device, merges_adapters)
 
 
 def load_components(

@@ -1,6 +1,8 @@
 """Names of stored things: artifact keys, references, media types, size limits. The only file that spells a key."""
 
 import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Final
 
 from services.domain.errors import InvalidSpec
@@ -117,6 +119,20 @@ def media_type_of(file_name: str) -> str:
 def adapter_name(number: int) -> str:
     """File name of a part's LoRA, counted from 0 in the order of training."""
     return f"lora-{number:03d}.safetensors"
+
+
+def is_adapter(path: str) -> bool:
+    """A file of a model, by its path there, is a LoRA."""
+    return PurePosixPath(path).match(ADAPTER_PATTERN)
+
+
+def newest_adapter(paths: Sequence[str]) -> str:
+    """The LoRA that a model was trained to, among the paths of its files; "": there is none.
+
+    Those with lower numbers belong to what it was trained from.
+    """
+    adapters = [path for path in paths if is_adapter(path)]
+    return max(adapters, key=lambda path: PurePosixPath(path).name, default="")
 
 
 def _match_blob(key: str) -> re.Match[str]:

@@ -1,0 +1,120 @@
+"""LoRAs of requests: parsed once, kept in host memory up to a budget, fitted to the model that a request draws with."""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+
+from services.diffusion.loading import Components
+from services.diffusion.lora import Part
+from services.diffusion.lora_files import read_lora
+from services.diffusion.lora_rows import FittedLora, PackedLora, Worn, fit, pack
+from services.domain.errors import BadInput
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA that a request wants.
+
+    Attributes:
+        name: what the request calls it, for errors.
+        digest: SHA-256 of the file; its name here.
+        path: the file; only read where the LoRA is not in memory.
+        strength: any finite number; 1 is what was trained, 0 nothing.
+    """
+
+    name: str
+    digest: str
+    path: Path
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class WornLoras:
+    """What a request's pictures wear, by the part of the model that it changes."""
+
+    unet: Worn = ()
+    text_encoder: Worn = ()
+
+
+NO_LORAS: Final = WornLoras()
+
+
+class AdapterStore:
+    """Parsed LoRAs, up to a budget; the least recently used leave first.
+
+    Args:
+        budget_bytes: matrices that may stay in host memory; what slots in progress wear stays even above it.
+        dtype: precision that the device computes with.
+    """
+
+    def __init__(self, budget_bytes: int, dtype: torch.dtype) -> None:
+        self._budget_bytes = budget_bytes
+        self._dtype = dtype
+        self._packed: OrderedDict[str, PackedLora] = OrderedDict()
+        # As long as a slot wears it on a model, others wear the same matrices.
+        self._fitted: weakref.WeakValueDictionary[tuple[str, int, Part], FittedLora] = (
+            weakref.WeakValueDictionary()
+        )
+
+    @property
+    def held(self) -> list[str]:
+        """Digests of the LoRAs in host memory, the least recently used first."""
+        return list(self._packed)
+
+    @property
+    def used_bytes(self) -> int:
+        """Host memory that they take."""
+        return sum(lora.size_bytes for lora in self._packed.values())
+
+    def fitted(self, components: Components, files: Sequence[LoraFile]) -> WornLoras:
+        """Make a request's LoRAs ready on the model that it draws with; those of strength 0 are left out.
+
+        Raises:
+            BadInput: naming the LoRA that cannot be read, or does not fit the model.
+        """
+        wanted = [file for file in files if file.strength]
+        parts: Mapping[Part, nn.Module] = {"unet": components.unet, "text_encoder": components.text_encoder}
+        worn = {
+            part: tuple((self._fitted_to(module, part, file), file.strength) for file in wanted)
+            for part, module in parts.items()
+        }
+        return WornLoras(**{part: _effective(pairs) for part, pairs in worn.items()})
+
+    def _fitted_to(self, module: nn.Module, part: Part, file: LoraFile) -> FittedLora:
+        # A fitted LoRA keeps its model, whose id therefore means no other one while this entry is here.
+        key = (file.digest, id(module), part)
+        packed = self._packed_of(file)
+        fitted = self._fitted.get(key)
+        if fitted is None:
+            try:
+                fitted = self._fitted[key] = fit(module, packed, part)
+            except BadInput as error:
+                raise _named(file, error) from error
+        return fitted
+
+    def _packed_of(self, file: LoraFile) -> PackedLora:
+        packed = self._packed.get(file.digest)
+        if packed is None:
+            try:
+                packed = self._packed[file.digest] = pack(read_lora(file.path), self._dtype)
+            except BadInput as error:
+                raise _named(file, error) from error
+        self._packed.move_to_end(file.digest)
+        while self._packed and self.used_bytes > self._budget_bytes:
+            self._packed.popitem(last=False)
+        return packed
+
+
+def _effective(worn: Worn) -> Worn:
+    """Without LoRAs that change nothing of this part."""
+    return tuple((lora, strength) for lora, strength in worn if lora.matrices)
+
+
+def _named(file: LoraFile, error: BadInput) -> BadInput:
+    return BadInput(f"'{file.name}': {error}", "loras")
