@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.bench.training import SCRIPT, stand_in_for_torchvision
+from tests.bench.torchvision_stand_in import stand_in_for_torchvision
+from tests.bench.training import SCRIPT
 from tests.eval import pipelines
 from tests.eval.recipes import Recipe
 from tests.eval.service import Learned, path_of, seeds_of
