@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -24,6 +24,7 @@ from services.gateway.calls import BodyTooLarge, base_url_of
 from services.gateway.dialects.base import Answer
 from services.gateway.dialects.runpod import envelope as wire
 from services.gateway.dialects.sdapi import envelope as sdapi_wire
+from services.gateway.dialects.sdapi.drawing import TEXT_SUFFIX
 from services.gateway.files import open_file
 from services.gateway.open_cors import OpenCors
 from services.gateway.openapi import document
@@ -219,8 +220,11 @@ def _picture_handler(parts: Parts, sdapi: SdapiApi) -> Callable[[Request], Await
 
     async def handle(request: Request) -> Response:
         found = request.path_params
+        place = (found["project"], found["id"], found["name"])
         try:
-            link = await sdapi.picture(found["project"], found["id"], found["name"])
+            if found["name"].endswith(TEXT_SUFFIX):
+                return PlainTextResponse(await sdapi.picture_text(*place))
+            link = await sdapi.picture(*place)
         except LikenessError as error:
             return _json(wire.error_answer(error, "picture"))
         except Exception as error:

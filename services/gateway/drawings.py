@@ -13,6 +13,8 @@ from services.domain.errors import NotFound
 from services.gateway.jobs import CALL_TIMEOUT_S, Origin, job_options, until_ended
 
 Job = generation_job_pb2.GenerationJob
+PICTURE_TIMEOUT_S = 60.0
+"""Longest wait for the admission of a drawing that starts from pictures: they are read first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class Drawings:
         request = pb.CreateGenerationJobRequest(
             project_id=origin.project, job_id=new.job_id, spec=new.spec, options=options
         )
-        response = await self._inference.CreateGenerationJob(request, timeout=CALL_TIMEOUT_S)
+        timeout_s = PICTURE_TIMEOUT_S if new.spec.init_image_key else CALL_TIMEOUT_S
+        response = await self._inference.CreateGenerationJob(request, timeout=timeout_s)
         return _job(response)
 
     async def get(self, origin: Origin, job_id: str) -> Job:

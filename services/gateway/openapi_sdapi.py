@@ -70,6 +70,13 @@ _OPERATIONS: Mapping[str, tuple[str, Sequence[Parameter], Any, Any]] = {
     "finetune_delete": ("Delete a training and its model", (), {}, training.gone_body("model deleted", _ID)),
     "cancel_training": ("Cancel a training", (), {}, training.gone_body("training cancelled", _ID)),
     "text_to_image": ("Draw pictures", drawing.TEXT_TO_IMAGE, drawing.EXAMPLE, _PICTURES),
+    "image_to_image": (
+        "Draw from a picture",
+        drawing.IMAGE_TO_IMAGE,
+        drawing.IMAGE_EXAMPLE,
+        _PICTURES,
+    ),
+    "inpaint": ("Repaint a part of a picture", drawing.INPAINT, drawing.INPAINT_EXAMPLE, _PICTURES),
     "fetch": ("Fetch pictures", (_REQUEST,), {"request_id": 5102}, _PICTURES),
     "model_list": ("The catalogue, as a bare list", (), {}, [_MODEL]),
     "schedulers_list": ("Noise schedulers", (), {}, schedulers.list_body()),
@@ -114,7 +121,10 @@ def _picture() -> dict[str, Any]:
         "security": [{}],
         "parameters": [_path_parameter(name) for name in ("project", "id", "name")],
         "responses": {
-            "200": {"description": "the picture", "content": {"image/png": {}}},
+            "200": {
+                "description": "the picture; under the names that base64 requests get, as text",
+                "content": {"image/png": {}, "text/plain": {}},
+            },
             "404": _json("there is none, or not yet", {"error": "picture not found"}),
         },
     }

@@ -3,6 +3,7 @@
 Order of the checks: body, key, required fields, values, model, rate, queue.
 """
 
+import base64
 import contextlib
 import json
 import secrets
@@ -18,11 +19,14 @@ from likeness.inference.v1 import generation_job_pb2
 from likeness.job.v1 import job_pb2
 from likeness.storage.v1 import model_pb2
 from likeness.training.v1 import training_job_pb2
+from likeness.training.v1.training_job_pb2 import ArtifactKeys, ImageSource, ImageUrls
 
 from services.adapters.settings import EMBEDDED_MODEL
 from services.adapters.storage_client import StorageClient
 from services.domain.errors import (
     AlreadyExists,
+    BadInput,
+    DeadlineExceeded,
     InvalidSpec,
     LikenessError,
     NotFound,
@@ -40,7 +44,7 @@ from services.gateway.dialects.sdapi import drawing as pictures
 from services.gateway.dialects.sdapi import envelope as wire
 from services.gateway.dialects.sdapi import schedulers
 from services.gateway.dialects.sdapi import training as trainings
-from services.gateway.dialects.sdapi.values import NULLISH, YES, Parameter, address_rule
+from services.gateway.dialects.sdapi.values import NULLISH, YES, Parameter, Picture, address_rule
 from services.gateway.drawings import Drawings, NewDrawing
 from services.gateway.files import Links
 from services.gateway.jobs import Jobs, NewJob, Origin, given_input
@@ -60,6 +64,12 @@ ROUTES: Mapping[str, str] = {
     "/api/v3/dreambooth": "text_to_image",
     "/api/v4/dreambooth": "text_to_image",
     "/api/v6/images/text2img": "text_to_image",
+    "/api/v3/dreambooth/img2img": "image_to_image",
+    "/api/v4/dreambooth/img2img": "image_to_image",
+    "/api/v6/images/img2img": "image_to_image",
+    "/api/v3/dreambooth/inpaint": "inpaint",
+    "/api/v4/dreambooth/inpaint": "inpaint",
+    "/api/v6/images/inpaint": "inpaint",
     "/api/v4/dreambooth/fetch": "fetch",
     "/api/v4/dreambooth/fetch/{id}": "fetch",
     "/api/v3/dreambooth/fetch/{id}": "fetch",
@@ -76,6 +86,8 @@ ID_CHARS = 10
 ID_TRIES = 5
 DAY_S, WEEK_S = 24 * 3600, 7 * 24 * 3600
 MAX_SEED_DRAWN = 2**32
+PICTURE_TIMEOUT_S = 60.0
+"""Longest time for fetching and reading a picture that a drawing starts from."""
 LIVE = (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING)
 LISTED = (*LIVE, job_pb2.JOB_STATE_SUCCEEDED)
 
@@ -195,12 +207,17 @@ class SdapiApi:
             "finetune_list": _Operation(self._list, "read", of_training),
             "finetune_delete": _Operation(self._delete, "steer", of_training),
             "cancel_training": _Operation(self._cancel, "steer", of_training),
-            "text_to_image": _Operation(self._text_to_image, "start", of_model, pictures.ENDPOINT),
+            "text_to_image": self._drawing_of(pictures.TEXT_TO_IMAGE),
+            "image_to_image": self._drawing_of(pictures.IMAGE_TO_IMAGE),
+            "inpaint": self._drawing_of(pictures.INPAINT),
             "fetch": _Operation(self._fetch, "read", wire.NO_REQUEST, pictures.ENDPOINT),
             "model_list": _Operation(self._model_list, "read", of_model, pictures.ENDPOINT),
             "schedulers_list": _Operation(self._schedulers_list, "read", of_model, pictures.ENDPOINT),
             "system_load": _Operation(self._system_load, "read", of_model, pictures.ENDPOINT),
         }
+
+    def _drawing_of(self, rows: Sequence[Parameter]) -> _Operation:
+        return _Operation(partial(self._draw, rows), "start", wire.NO_MODEL, pictures.ENDPOINT)
 
     async def answer(self, name: str, call: SdapiCall) -> Answer:
         """Answers a call; never raises."""
@@ -357,22 +374,52 @@ class SdapiApi:
 
     # --- pictures --------------------------------------------------------------------------------------------
 
-    async def _text_to_image(self, context: _Context) -> dict[str, Any]:
-        wish = pictures.read_text_to_image(context.given)
+    async def _draw(self, rows: Sequence[Parameter], context: _Context) -> dict[str, Any]:
+        wish = pictures.read_drawing(context.given, rows)
         self._check_webhook(wish.webhook)
         if not wish.model:
             raise NotFound("no model is named")
         if _is_of_sandbox(wish.model):  # what the sandbox made goes with its record
             await self._jobs.get(context.sandbox, wish.model)
         model = await self._model(context.project, wish.model)
-        spec = pictures.spec_of(wish, model, secrets.randbelow(MAX_SEED_DRAWN))
         most = self._policy.jobs_at_once
         if await self._drawings.count(context.drawing, LIVE, most) >= most:
             raise QueueFull("too many drawings are under way")
-        kept = _kept(context, wish)
+        keys = {
+            name: await self._stored(context.project, name, picture)
+            for name, picture in wish.pictures.items()
+        }
+        spec = pictures.spec_of(wish, model, secrets.randbelow(MAX_SEED_DRAWN), keys)
+        kept = _kept(context, wish, await self._addresses(context, wish, keys))
         job = await self._drawn(context, spec, kept, wish.webhook)
         job = await self._drawings.wait(context.drawing, job.job_id, self._policy.sync_wait_s)
         return await self._shown(context, job)
+
+    async def _stored(self, project: str, field: str, picture: Picture) -> str:
+        """The key of a picture that a request names, fetched and decoded by storage."""
+        source = ImageSource(image_urls=ImageUrls(urls=[picture.url]), field=field)
+        if picture.data:
+            blob = await self._storage.upload_bytes(project, picture.data, "application/octet-stream")
+            source = ImageSource(artifacts=ArtifactKeys(keys=[blob.key]), field=field)
+        try:
+            dataset = await self._storage.import_dataset(project, source, timeout_s=PICTURE_TIMEOUT_S)
+        except DeadlineExceeded as error:
+            raise BadInput(f"cannot be fetched within {PICTURE_TIMEOUT_S:g} seconds", field) from error
+        except InvalidSpec as error:
+            rules = "; ".join(violation.rule for violation in error.violations)
+            raise BadInput(f"must be a picture that can be used ({rules})", field) from error
+        return dataset.images[0].key
+
+    async def _addresses(
+        self, context: _Context, wish: pictures.Wish, keys: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Where the pictures that are started from can be seen: as they were named, else in our copy."""
+        files = {
+            name: File(keys[name], f"{name}.png") for name, picture in wish.pictures.items() if picture.data
+        }
+        links = await self._links.urls(context.project, files.values(), context.call.base_url)
+        own = {name: links.get(file.key, "") for name, file in files.items()}
+        return {name: picture.url for name, picture in wish.pictures.items()} | own
 
     async def _drawn(
         self, context: _Context, spec: generation_job_pb2.GenerationSpec, kept: pictures.Kept, webhook: str
@@ -397,7 +444,11 @@ class SdapiApi:
         if job.state == job_pb2.JOB_STATE_QUEUED:
             with contextlib.suppress(LikenessError):
                 waiting = (await self._drawings.queue_status()).queued_jobs
-        return pictures.body_of(job, kept, context.call.base_url, _now_ms(), waiting)
+        texts = [await self._text(image.key) for image in job.result.images] if kept.base64 else []
+        return pictures.body_of(job, kept, context.call.base_url, _now_ms(), waiting, texts)
+
+    async def _text(self, key: str) -> str:
+        return base64.b64encode(await self._storage.read_bytes(key)).decode()
 
     async def _fetch(self, context: _Context) -> dict[str, Any]:
         given = context.call.id or context.given.get("request_id")
@@ -420,15 +471,25 @@ class SdapiApi:
             NotFound: there is no such picture, or not yet.
             Unavailable: a service does not answer.
         """
+        key = await self._key_of_picture(project, job_id, name)
+        links = await self._links.urls(project, [File(key, name)], "")
+        if key not in links:
+            raise NotFound("no such picture")
+        return links[key]
+
+    async def picture_text(self, project: str, job_id: str, name: str) -> str:
+        """A picture in base64; arguments and errors as :meth:`picture`."""
+        return await self._text(await self._key_of_picture(project, job_id, name))
+
+    async def _key_of_picture(self, project: str, job_id: str, name: str) -> str:
         if not (ID_PATTERN.match(job_id) and ID_PATTERN.match(project)):
             raise NotFound("no such picture")
         origin = Origin(project, wire.DIALECT, pictures.ENDPOINT)
         job = await self._drawings.get(origin, job_id)
         key = pictures.picture_key(job, pictures.kept_of(given_input(job)), name)
-        links = await self._links.urls(project, [File(key, name)], "") if key else {}
-        if key not in links:
+        if not key:
             raise NotFound("no such picture")
-        return links[key]
+        return key
 
     async def _model_list(self, context: _Context) -> list[dict[str, Any]]:
         """The catalogue, as a bare list."""
@@ -465,14 +526,16 @@ class SdapiApi:
         return json.dumps(pictures.webhook_body(job, pictures.kept_of(given_input(job)), base_url)).encode()
 
 
-def _kept(context: _Context, wish: pictures.Wish) -> pictures.Kept:
+def _kept(context: _Context, wish: pictures.Wish, addresses: Mapping[str, str]) -> pictures.Kept:
     return pictures.Kept(
         version="v3" if context.call.path.startswith("/api/v3/") else "v4",
         file_prefix=str(uuid.uuid4()),
         track_id=wish.values.get("track_id"),
         scheduler=wish.scheduler.name,
         temp=wish.values.get("temp", False),
+        base64=wish.values.get("base64", False),
         tips=wish.tips,
+        **addresses,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.gateway.dialects.sdapi.drawing import TEXT_TO_IMAGE
+from services.gateway.dialects.sdapi.drawing import INPAINT
 from services.gateway.dialects.sdapi.training import FINE_TUNE
 from services.gateway.limits import Limit, RateLimiter
 from services.gateway.sdapi import ROUTES, SdapiPolicy
@@ -21,7 +21,7 @@ DOCUMENTED = json.loads((Path(__file__).parent / "documented.json").read_text())
 MANY = RateLimiter({name: Limit(10**6, 10**6) for name in ("start", "read", "steer")})
 POLICY = SdapiPolicy(sync_wait_s=0.0, jobs_at_once=200)
 STATUSES = {"success", "processing", "error", "failed", "ok"}
-NAMES = sorted({row.name for row in (*FINE_TUNE, *TEXT_TO_IMAGE)} | {"request_id", "upscale", "detail"})
+NAMES = sorted({row.name for row in (*FINE_TUNE, *INPAINT)} | {"request_id", "upscale", "detail"})
 PATHS = [path.replace("{id}", "1234") for path in ROUTES]
 
 
@@ -67,7 +67,8 @@ values = st.recursive(
 )
 bodies = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=6), values, max_size=8)
 near = st.dictionaries(st.sampled_from(NAMES), values, max_size=2)
-PLAIN = BODY | {"model_id": "pocket", "prompt": "a robot"}
+PICTURE = "https://f.example.org/1.png"
+PLAIN = BODY | {"model_id": "pocket", "prompt": "a robot", "init_image": PICTURE, "mask_image": PICTURE}
 
 
 def check(answer: Any) -> None:

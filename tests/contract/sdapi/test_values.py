@@ -1,6 +1,7 @@
 """What real clients send for a value, and what it is read as; the training that a request means."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from likeness.storage.v1.model_pb2 import Model
 from services.domain.errors import InvalidSpec
 from services.gateway.dialects.sdapi import drawing, training
 from services.gateway.dialects.sdapi.envelope import BadBody, fields_of, read_body
-from services.gateway.dialects.sdapi.values import Reading
+from services.gateway.dialects.sdapi.values import Picture, Reading
 from services.gateway.dialects.sdapi.values import read_body as read_values
 
 HERE = Path(__file__).parent
@@ -30,7 +31,8 @@ def coercions(kind: str) -> list[Any]:
 
 
 def read(field: str, value: Any) -> Reading:
-    return read_values({"prompt": "x", field: value}, drawing.TEXT_TO_IMAGE)
+    rows = [replace(row, required=False) for row in drawing.INPAINT]
+    return read_values({"prompt": "x", field: value}, rows)
 
 
 @pytest.mark.parametrize(("field", "row"), coercions("same"))
@@ -57,6 +59,21 @@ def test_what_is_no_such_value_is_a_fault_of_its_field(field: str, value: Any) -
     [sentence] = sentences[field]
     assert sentence.startswith(f"The {field.replace('_', ' ')} must ")
     assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("sent", "picture"),
+    [
+        (f" {IMAGE} ", Picture(url=IMAGE)),
+        ("UE5H", Picture(data=b"PNG")),
+        ("data:image/jpeg;base64,UE5H", Picture(data=b"PNG")),
+        ("UE5\nH\r\n", Picture(data=b"PNG")),
+        ("UE4", Picture(data=b"PN")),
+    ],
+    ids=["address", "base64", "data URI", "lines", "no padding"],
+)
+def test_a_picture_is_an_address_or_base64(sent: str, picture: Picture) -> None:
+    assert read("init_image", sent).values["init_image"] == picture
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from likeness.inference.v1.inference_service_pb2_grpc import (
     InferenceServiceStub,
     add_InferenceServiceServicer_to_server,
 )
-from likeness.storage.v1 import model_pb2
+from likeness.storage.v1 import artifact_pb2, model_pb2
 from likeness.storage.v1 import storage_service_pb2 as storage_pb
 from likeness.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
+from likeness.training.v1 import training_job_pb2
 from likeness.training.v1.training_service_pb2_grpc import (
     TrainingServiceStub,
     add_TrainingServiceServicer_to_server,
@@ -29,7 +31,8 @@ from services.adapters.grpc_server import GrpcServer
 from services.adapters.memory import MemoryPlatform
 from services.adapters.storage_client import StorageClient
 from services.domain import life_cycle as life
-from services.domain.errors import NotFound
+from services.domain.artifacts import blob_key
+from services.domain.errors import BadInput, NotFound
 from services.domain.job import JobFailure, JobKind, JobRecord, JobRef, Stage
 from services.gateway.app import Parts, create_app
 from services.gateway.auth import Authenticator
@@ -61,7 +64,10 @@ BODY: dict[str, Any] = {
 
 
 class Registry(FakeStorage):
-    """Files as in :class:`FakeStorage`, and models: those of the catalogue have no owner."""
+    """Files as in :class:`FakeStorage`, and models: those of the catalogue have no owner.
+
+    Files whose bytes begin with PNG are pictures; so is what lies behind addresses that do not end in "broken".
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +101,35 @@ class Registry(FakeStorage):
 
     async def GetModel(self, request: Any, context: Any) -> storage_pb.GetModelResponse:
         return storage_pb.GetModelResponse(model=self.found(request.project_id, request.model))
+
+    def keep(self, project: str, data: bytes) -> str:
+        """Stores bytes; returns their key."""
+        key = blob_key(project, hashlib.sha256(data).hexdigest())
+        self.blobs[key] = data
+        return key
+
+    async def import_dataset(
+        self, project: str, source: training_job_pb2.ImageSource
+    ) -> artifact_pb2.Dataset:
+        """What the inference api asks for."""
+        urls = [url for url in source.image_urls.urls if not url.endswith("broken")]
+        keys = [key for key in source.artifacts.keys if self.blobs.get(key, b"").startswith(b"PNG")]
+        keys += [self.keep(project, b"PNG of " + url.encode()) for url in urls]
+        if not keys:
+            raise BadInput("the list holds no readable image (0000: the file is damaged)", source.field)
+        return artifact_pb2.Dataset(images=[artifact_pb2.DatasetImage(key=key) for key in keys])
+
+    async def ImportDataset(self, request: Any, context: Any) -> storage_pb.ImportDatasetResponse:
+        dataset = await self.import_dataset(request.project_id, request.source)
+        return storage_pb.ImportDatasetResponse(dataset=dataset)
+
+    async def WriteBlob(self, requests: Any, context: Any) -> storage_pb.WriteBlobResponse:
+        parts = [request async for request in requests]
+        key = self.keep(parts[0].header.project_id, b"".join(part.data for part in parts))
+        return storage_pb.WriteBlobResponse(blob=artifact_pb2.Blob(key=key))
+
+    async def ReadBlob(self, request: Any, context: Any) -> AsyncIterator[storage_pb.ReadBlobResponse]:
+        yield storage_pb.ReadBlobResponse(data=self.blobs[request.key])
 
     async def ListModels(self, request: Any, context: Any) -> storage_pb.ListModelsResponse:
         own = [model for (owner, _), model in self.models.items() if owner == request.project_id]
@@ -190,8 +225,7 @@ class World:
         spec = revision.record.spec or json.loads(self.documents.held[revision.record.spec_key])
         images = []
         for index in range(int(spec["num_images"])):
-            key = f"picture-{job_id}-{index}"
-            self.storage.blobs[key] = f"PNG {key} ".encode() * 50
+            key = self.storage.keep(project, f"PNG picture-{job_id}-{index} ".encode() * 50)
             images.append(
                 {"key": key, "seed": str(int(spec.get("seed", 0)) + index), "media_type": "image/png"}
             )

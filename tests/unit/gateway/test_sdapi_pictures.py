@@ -1,12 +1,14 @@
 """Pictures of the stablediffusionapi dialect: drawing, fetching, the pictures' own addresses, and webhooks."""
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from likeness.inference.v1 import generation_job_pb2 as pb
+from likeness.storage.v1 import model_pb2
 
 from services.adapters.clock import RealClock
 from services.domain import life_cycle as life
@@ -19,7 +21,8 @@ from services.jobs.views import Views, parsed
 from tests.unit.gateway.harness import KEY, OTHER_KEY
 from tests.unit.gateway.sdapi_world import World, world
 
-V3, V4 = "/api/v3/dreambooth", "/api/v4/dreambooth"
+V3, V4, V6 = "/api/v3/dreambooth", "/api/v4/dreambooth", "/api/v6/images"
+PICTURE, MASK = "https://f.example.org/1.png", "https://f.example.org/mask.png"
 PLAIN: dict[str, Any] = {"model_id": "pocket", "prompt": "a robot", "enhance_prompt": "no"}
 
 META: dict[str, Any] = {
@@ -56,12 +59,13 @@ async def drawn(sd: World, path: str = V4, **changes: Any) -> dict[str, Any]:
     return dict(await sd.post(f"{V4}/fetch", {"request_id": body["id"]}))
 
 
-def check_types(body: dict[str, Any]) -> None:
+def check_types(body: dict[str, Any], more: dict[str, Any] | None = None) -> None:
     assert isinstance(body["id"], int)
     assert 0 < body["id"] < 2**31
     assert all(isinstance(link, str) for link in body["output"])
-    assert body["meta"].keys() == META.keys()
-    for key, kind in META.items():
+    meta = META | (more or {})
+    assert body["meta"].keys() == meta.keys()
+    for key, kind in meta.items():
         assert isinstance(body["meta"][key], kind), key
 
 
@@ -165,12 +169,148 @@ async def test_the_drawing_is_what_was_asked_for(sd: World) -> None:
     assert (meta["scheduler"], meta["use_karras_sigmas"]) == ("EulerDiscreteScheduler", "yes")
 
 
+@pytest.mark.parametrize("path", [f"{V3}/img2img", f"{V4}/img2img", f"{V6}/img2img"])
+async def test_a_drawing_starts_from_a_picture(sd: World, path: str) -> None:
+    body = await asked(sd, path, init_image=PICTURE, prompt=None, strength="0.55", num_inference_steps="21")
+    check_types(body, {"init_image": str, "strength": float})
+    spec = await spec_of(sd, body["id"])
+    assert sd.storage.blobs[spec.init_image_key] == b"PNG of " + PICTURE.encode()
+    assert (spec.strength, spec.num_inference_steps, spec.prompt, spec.mask_image_key) == (0.55, 21, "", "")
+    assert (body["meta"]["init_image"], body["meta"]["strength"]) == (PICTURE, 0.55)
+    await sd.draw(str(body["id"]))
+    done = await sd.post(f"/api/v3/fetch/{body['id']}")
+    assert (done["status"], done["meta"]) == ("success", body["meta"])
+
+
+@pytest.mark.parametrize("path", [f"{V3}/inpaint", f"{V4}/inpaint", f"{V6}/inpaint"])
+async def test_a_part_of_a_picture_is_repainted(sd: World, path: str) -> None:
+    body = await asked(sd, path, init_image=PICTURE, mask_image=MASK, steps="9", strength=None)
+    check_types(body, {"init_image": str, "strength": float, "mask_image": str})
+    spec = await spec_of(sd, body["id"])
+    keys = (spec.init_image_key, spec.mask_image_key)
+    assert [sd.storage.blobs[key] for key in keys] == [b"PNG of " + url.encode() for url in (PICTURE, MASK)]
+    assert (spec.strength, spec.num_inference_steps, body["meta"]["mask_image"]) == (0.7, 9, MASK)
+
+
+async def test_a_picture_in_the_request_itself_is_stored_and_can_be_seen(sd: World) -> None:
+    coded = "data:image/png;base64," + base64.b64encode(b"PNG of a cat").decode()
+    body = await asked(sd, f"{V4}/img2img", init_image=coded)
+    assert sd.storage.blobs[(await spec_of(sd, body["id"])).init_image_key] == b"PNG of a cat"
+    assert (await sd.http.get(body["meta"]["init_image"])).content == b"PNG of a cat"
+
+
+BROKEN = {
+    "an address": "https://f.example.org/broken",
+    "the file itself": base64.b64encode(b"no picture").decode(),
+    "neither": "a cat!",
+}
+
+
+@pytest.mark.parametrize("field", ["init_image", "mask_image"])
+@pytest.mark.parametrize("value", BROKEN.values(), ids=list(BROKEN))
+async def test_a_picture_that_cannot_be_used_is_an_error_of_its_field(
+    sd: World, field: str, value: str
+) -> None:
+    sent = PLAIN | {"init_image": PICTURE, "mask_image": MASK} | {field: value}
+    body = await sd.post(f"{V4}/inpaint", sent)
+    assert (body["status"], list(body["message"])) == ("error", [field])
+    [sentence] = body["message"][field]
+    assert sentence.startswith(f"The {field.replace('_', ' ')} must be ")
+
+
+async def test_pictures_that_are_needed_are_missed_by_name(sd: World) -> None:
+    required = {
+        name: [f"The {name.replace('_', ' ')} field is required."] for name in ("init_image", "mask_image")
+    }
+    assert (await sd.post(f"{V4}/inpaint", PLAIN | {"mask_image": "null"}))["message"] == required
+    lacking = await sd.post(f"{V3}/img2img", PLAIN | {"init_image": ""})
+    assert lacking["message"] == {"init_image": required["init_image"]}
+    assert (await sd.post(f"{V4}/img2img", PLAIN | {"init_image": PICTURE, "strength": 1.5}))["message"] == {
+        "strength": ["The strength must be between 0 and 1."]
+    }
+
+
+async def test_pictures_are_told_as_text_where_that_is_asked_for(sd: World) -> None:
+    hook = "https://hooks.example.org/x"
+    body = await asked(sd, samples=2, base64="yes", webhook=hook)
+    assert (await sd.http.get(body["future_links"][0])).status_code == 404
+    done = await drawn(sd, samples=2, base64="yes")
+    assert done["meta"]["base64"] == "yes"
+    for index, text in enumerate(done["output"]):
+        assert base64.b64decode(text).startswith(f"PNG picture-{done['id']}-{index} ".encode())
+        answer = await sd.http.get(done["proxy_links"][index])
+        assert (answer.text, answer.headers["content-type"]) == (text, "text/plain; charset=utf-8")
+    job = await sd.drawing.records.read(JobRef(JobKind.GEN, "first", str(done["id"])))
+    told = json.loads(
+        sd.api.drawing_document(await Views(sd.documents, sd.platform.progress).generation_job(job, 0), "")
+    )
+    assert all(link.endswith(".png") for link in told["output"])
+
+
 async def test_text_is_echoed_in_plain_letters(sd: World) -> None:
     answer = await sd.http.post(
         V4, json=PLAIN | {"key": KEY, "prompt": "ein Häuschen, 家", "track_id": "a/b"}
     )
     assert "ein Häuschen, 家" in answer.content.decode()
     assert '"a/b"' in answer.text
+
+
+def add_ons(sd: World) -> None:
+    """Registers two LoRAs of a training and of the catalogue, an embedding, and a LoRA for other models."""
+    for owner, name, family in (("first", "rex", ""), ("", "noir", ""), ("", "stranger", "sdxl")):
+        lora = model_pb2.ModelManifest(format=model_pb2.MODEL_FORMAT_LORA, family=family)
+        lora.components.add(path="unet/lora-000.safetensors")
+        sd.storage.add(owner, name, lora)
+    word = model_pb2.ModelManifest(format=model_pb2.MODEL_FORMAT_EMBEDDING)
+    word.components.add(path="embedding.safetensors")
+    sd.storage.add("", "bad-hands", word)
+    sd.storage.models["", "pocket"].manifest.family = "flat"
+
+
+@pytest.mark.parametrize(
+    ("sent", "strengths", "echoed"),
+    [
+        ({"lora_model": "rex"}, [1.0], 1),
+        ({"lora_model": "rex,noir", "lora_strength": "0.5"}, [0.5, 0.5], 0.5),
+        ({"lora": ["rex", "noir"], "lora_strength": "0.5,"}, [0.5, 1.0], "0.5,1"),
+        ({"lora_model": "rex , noir", "lora_strength": "0.2,0.3,0.4"}, [0.2, 0.3], "0.2,0.3"),
+        ({"lora_model": None, "lora_strength": 0.4}, [], 1),
+    ],
+    ids=["alone", "one-for-all", "missing", "too-many", "none"],
+)
+async def test_loras_are_added_with_their_strengths(
+    sd: World, sent: dict[str, Any], strengths: list[float], echoed: float | str
+) -> None:
+    add_ons(sd)
+    body = await asked(sd, **sent)
+    spec = await spec_of(sd, body["id"])
+    assert [(lora.model, lora.strength) for lora in spec.loras] == list(
+        zip(["rex", "noir"], strengths, strict=False)
+    )
+    assert all(lora.model_digest == f"digest-{lora.model}" for lora in spec.loras)
+    names = ",".join(lora.model for lora in spec.loras) or None
+    assert (body["meta"]["lora"], body["meta"]["lora_strength"]) == (names, echoed)
+
+
+async def test_embeddings_are_added(sd: World) -> None:
+    add_ons(sd)
+    body = await asked(sd, embeddings_model="bad-hands")
+    assert [entry.model for entry in (await spec_of(sd, body["id"])).embeddings] == ["bad-hands"]
+    assert body["meta"]["embeddings"] == "bad-hands"
+
+
+async def test_loras_that_cannot_be_added_are_named_together(sd: World) -> None:
+    add_ons(sd)
+    body = await sd.post(V4, PLAIN | {"lora_model": "nobody,rex,stranger", "embeddings_model": "rex"})
+    assert body["message"] == {
+        "lora_model": [
+            "The lora model 'nobody' does not exist.",
+            "The lora model 'stranger' is a LoRA for models of the family sdxl, not flat.",
+        ],
+        "embeddings_model": ["The embeddings model 'rex' is not an embedding."],
+    }
+    body = await sd.post(V4, PLAIN | {"lora_model": "a,b,c,d,e,f"})
+    assert body["message"] == {"lora_model": ["The lora model must have at most 5 elements."]}
 
 
 async def test_words_of_style_and_quality_are_added_unless_they_are_there(sd: World) -> None:
@@ -218,7 +358,7 @@ async def test_schedulers_have_other_names_too(
 REFUSED: dict[str, Any] = {
     "samples": 5, "width": 2048, "height": "8", "guidance_scale": 0.5, "seed": "abc", "clip_skip": 9,
     "scheduler": "DPM fast", "algorithm_type": "dpm", "multi_lingual": "yes", "panorama": True,
-    "self_attention": "yes", "highres_fix": 1, "safety_checker": "yes", "base64": "yes", "upscale": "2",
+    "self_attention": "yes", "highres_fix": 1, "safety_checker": "yes", "base64": "maybe", "upscale": "2",
     "lora_model": "contrast-fix,yae-miko-genshin", "embeddings_model": "x", "vae": "y",
     "webhook": "not a url", "num_inference_steps": "many", "track_id": {"a": 1}, "negative_prompt": 7,
 }  # fmt: skip

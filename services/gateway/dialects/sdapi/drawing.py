@@ -1,11 +1,11 @@
-"""Pictures of this dialect: `dreambooth`, text to image, as canonical words and back.
+"""Pictures of this dialect: `dreambooth`, from text, from pictures and with masks, as canonical words and back.
 
 JSON types are part of the contract: clients decode strictly. `meta` echoes effective values, complete from the first
 answer on; the names of the pictures are fixed when the request is accepted, so that links can be promised.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from likeness.inference.v1 import generation_job_pb2 as pb
@@ -13,18 +13,28 @@ from likeness.job.v1 import job_pb2
 from likeness.storage.v1 import model_pb2
 
 from services.domain.errors import InvalidSpec, Violation
-from services.domain.generation_spec import resolve_generation_spec
+from services.domain.generation_spec import MAX_EMBEDDINGS, MAX_LORAS, resolve_generation_spec
 from services.domain.rules import MAX_SEED, Range
 from services.gateway.dialects.base import FINAL_STATES
 from services.gateway.dialects.sdapi import schedulers
 from services.gateway.dialects.sdapi.envelope import check_fields, spoken, whole_seconds
-from services.gateway.dialects.sdapi.values import NO, NULLISH, YES, Parameter, Reading, read_body, yes_no
+from services.gateway.dialects.sdapi.values import (
+    NO,
+    NULLISH,
+    YES,
+    Parameter,
+    Picture,
+    Reading,
+    read_body,
+    yes_no,
+)
 
 ENDPOINT = "dreambooth"
 """Name of all drawings in `JobOrigin.endpoint`, whichever path they came in by."""
 MAX_PROMPT_CHARS = 4000
 DEFAULT_SIZE_PX = 512
 DEFAULT_STEPS = 30
+DEFAULT_STRENGTH = 0.7
 MOST_STEPS = 51
 MAX_ID = 2**31
 """Ids lie below it, for clients that keep them in 32 bits."""
@@ -46,11 +56,19 @@ _SPELLED: Mapping[str, str] = {
     "width_px": "width",
     "height_px": "height",
     "model": "model_id",
+    "loras": "lora_model",
+    "embeddings": "embeddings_model",
+    "init_image_key": "init_image",
+    "mask_image_key": "mask_image",
 }
+PICTURES = ("init_image", "mask_image")
+"""Parameters that are pictures; a specification's fields have `_key` after these names."""
+TEXT_SUFFIX = ".base64"
+"""Ending of the address under which a picture is served as text."""
 _NOT_OFFERED = "is not offered by this installation"
-_SWITCHES = ("multi_lingual", "panorama", "self_attention", "highres_fix", "safety_checker", "base64")
+_SWITCHES = ("multi_lingual", "panorama", "self_attention", "highres_fix", "safety_checker")
 """Wishes that no engine here fulfils; asked for, they are errors."""
-_ADD_ONS = ("lora_model", "embeddings_model", "vae")
+_ADD_ONS = ("vae",)
 
 
 def _switch(name: str, meaning: str, default: bool = False, *aliases: str) -> Parameter:
@@ -96,12 +114,49 @@ TEXT_TO_IMAGE = (
     _switch("self_attention", "Self-attention guidance: yes is refused."),
     _switch("highres_fix", "Two passes: yes is refused."),
     _switch("safety_checker", "Classification: yes is refused.", False, "safetychecker"),
-    _switch("base64", "Pictures in the answer itself: yes is refused."),
-    Parameter("lora_model", "models", "Added LoRAs: refused.", aliases=("lora",)),
-    Parameter("embeddings_model", "models", "Added embeddings: refused.", aliases=("embeddings",)),
+    _switch("base64", "Pictures in the answer itself, as base64."),
+    Parameter(
+        "lora_model",
+        "models",
+        f"Ids of LoRAs to add, at most {MAX_LORAS}: of trainings, or of the catalogue.",
+        aliases=("lora",),
+    ),
+    Parameter(
+        "lora_strength",
+        "numbers",
+        "Strength of each of them; a single one is for all.",
+        1,
+        limit=Range("lora_strength", 0, 2),
+    ),
+    Parameter(
+        "embeddings_model",
+        "models",
+        f"Ids of textual inversion embeddings, at most {MAX_EMBEDDINGS}.",
+        aliases=("embeddings",),
+    ),
     Parameter("vae", "models", "Another VAE: refused."),
     Parameter("webhook", "link", "Address that is told of the end."),
     Parameter("track_id", "opaque", "Handed back in fetch and webhook."),
+)
+_FROM_A_PICTURE = tuple(
+    replace(row, required=False) if row.name == "prompt" else row for row in TEXT_TO_IMAGE
+)
+IMAGE_TO_IMAGE = (
+    *_FROM_A_PICTURE,
+    Parameter(
+        "init_image", "picture", "Picture to start from: an address, or the file in base64.", required=True
+    ),
+    Parameter(
+        "strength",
+        "number",
+        "How far to move away from it: 1 ignores it.",
+        DEFAULT_STRENGTH,
+        limit=Range("strength", 0, 1),
+    ),
+)
+INPAINT = (
+    *IMAGE_TO_IMAGE,
+    Parameter("mask_image", "picture", "White is repainted, black kept; as `init_image`.", required=True),
 )
 EXAMPLE = {
     "key": "lk-...",
@@ -118,6 +173,8 @@ EXAMPLE = {
     "webhook": None,
     "track_id": None,
 }
+IMAGE_EXAMPLE = EXAMPLE | {"init_image": "https://files.example.org/1.png", "strength": 0.7}
+INPAINT_EXAMPLE = IMAGE_EXAMPLE | {"mask_image": "https://files.example.org/mask.png"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +195,11 @@ class Wish:
     scheduler: schedulers.Choice
     tips: tuple[str, ...]
 
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """What is started from, by parameter."""
+        return {name: self.values[name] for name in PICTURES if name in self.values}
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -149,7 +211,10 @@ class Kept:
         track_id: the caller's own; None: none.
         scheduler: name that was asked for.
         temp: the links live for a day.
+        base64: pictures are handed out as text.
         tips: what the caller should know.
+        init_image: address of the picture that is started from; "": none.
+        mask_image: address of the mask; "": none.
     """
 
     version: str
@@ -157,7 +222,10 @@ class Kept:
     track_id: str | int | float | None = None
     scheduler: str = schedulers.DEFAULT
     temp: bool = False
+    base64: bool = False
     tips: Sequence[str] = field(default_factory=tuple)
+    init_image: str = ""
+    mask_image: str = ""
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -167,7 +235,10 @@ class Kept:
             "track_id": self.track_id,
             "scheduler": self.scheduler,
             "temp": self.temp,
+            "base64": self.base64,
             "tips": list(self.tips),
+            "init_image": self.init_image,
+            "mask_image": self.mask_image,
         }
 
 
@@ -178,13 +249,17 @@ def kept_of(document: Any) -> Kept:
     return Kept(**{"version": "v4", "file_prefix": ""} | {key: given[key] for key in given if key in known})
 
 
-def read_text_to_image(given: Mapping[str, Any]) -> Wish:
-    """Reads the body of `dreambooth`.
+def read_drawing(given: Mapping[str, Any], rows: Sequence[Parameter]) -> Wish:
+    """Reads the body of `dreambooth`, `img2img` or `inpaint`.
+
+    Args:
+        given: the body.
+        rows: :data:`TEXT_TO_IMAGE`, :data:`IMAGE_TO_IMAGE` or :data:`INPAINT`.
 
     Raises:
         InvalidSpec: with every fault, in the caller's spelling.
     """
-    reading = read_body(given, TEXT_TO_IMAGE)
+    reading = read_body(given, rows)
     _check_offered(reading)
     _check_upscale(reading, given.get("upscale"))
     scheduler = _read_scheduler(reading)
@@ -236,13 +311,16 @@ def _tips(given: Mapping[str, Any], values: Mapping[str, Any], scheduler: schedu
     return tips
 
 
-def spec_of(wish: Wish, model: model_pb2.Model, drawn_seed: int) -> pb.GenerationSpec:
+def spec_of(
+    wish: Wish, model: model_pb2.Model, drawn_seed: int, keys: Mapping[str, str] | None = None
+) -> pb.GenerationSpec:
     """The drawing that is wished for.
 
     Args:
         wish: what was asked for.
         model: the one to draw with; words that call a catalogue model's subject are put before the prompt.
         drawn_seed: seed of a request that names none, or a negative one.
+        keys: artifact keys of the wish's pictures, by parameter.
 
     Raises:
         InvalidSpec: with every fault, in the caller's spelling.
@@ -267,17 +345,44 @@ def spec_of(wish: Wish, model: model_pb2.Model, drawn_seed: int) -> pb.Generatio
         use_karras_sigmas=asked_karras and row.karras,
         solver_algorithm=_algorithm(values, wish.scheduler),
         clip_skip=values.get("clip_skip", 0),
+        loras=_loras(values),
+        embeddings=[pb.Embedding(model=name) for name in values.get("embeddings_model", ())],
+        **{f"{name}_key": key for name, key in (keys or {}).items()},
     )
+    if spec.init_image_key:
+        spec.strength = values.get("strength", DEFAULT_STRENGTH)
     try:
         return resolve_generation_spec(spec)
     except InvalidSpec as error:
         raise in_callers_words(error) from error
 
 
+def _loras(values: Mapping[str, Any]) -> list[pb.LoraWeight]:
+    names, strengths = values.get("lora_model", ()), values.get("lora_strength", [1.0])
+    # A single strength is for all; of several, those that are missing are 1.
+    filler = strengths[0] if len(strengths) == 1 else 1.0
+    padded = [*strengths, *(filler for _ in names)]
+    return [
+        pb.LoraWeight(model=name, strength=strength) for name, strength in zip(names, padded, strict=False)
+    ]
+
+
+def _add_ons_echoed(spec: pb.GenerationSpec) -> dict[str, Any]:
+    """Of `meta`: a number where one strength is for all, else a text."""
+    strengths = [f"{lora.strength:g}" for lora in spec.loras]
+    one = float(strengths[0]) if strengths else 1.0
+    alike = len(set(strengths)) <= 1
+    return {
+        "embeddings": ",".join(entry.model for entry in spec.embeddings) or None,
+        "lora": ",".join(lora.model for lora in spec.loras) or None,
+        "lora_strength": (int(one) if one.is_integer() else one) if alike else ",".join(strengths),
+    }
+
+
 def _prompts(values: Mapping[str, Any], trigger_words: Sequence[str]) -> tuple[str, str]:
-    prompt, negative = values["prompt"], values.get("negative_prompt", "")
+    prompt, negative = values.get("prompt", ""), values.get("negative_prompt", "")
     absent = [word for word in trigger_words if word.lower() not in prompt.lower()]
-    prompt = ", ".join([*absent, prompt])
+    prompt = ", ".join([*absent, prompt] if prompt else absent)
     if values.get("enhance_prompt", True):
         prompt, negative = _with_words(prompt, STYLE_WORDS), _with_words(negative, QUALITY_WORDS)
     return prompt, negative
@@ -307,33 +412,42 @@ def _steps(asked: int, scheduler: str) -> int:
 
 def in_callers_words(error: InvalidSpec) -> InvalidSpec:
     """An error about a specification with the fields of the request that made it."""
-    told = [Violation(_SPELLED.get(fault.field, fault.field), fault.rule) for fault in error.violations]
+    told = []
+    for fault in error.violations:
+        name = fault.field.partition("[")[0]  # of a list's element the list is named
+        told.append(Violation(_SPELLED.get(name, name), fault.rule))
     return InvalidSpec(told)
 
 
 # --- bodies --------------------------------------------------------------------------------------------------
 
 
-def picture_names(job: pb.GenerationJob, kept: Kept) -> list[str]:
+def picture_names(job: pb.GenerationJob, kept: Kept, suffix: str = ".png") -> list[str]:
     """File names of a drawing's pictures, known before they are drawn."""
-    return [f"{index}-{kept.file_prefix}.png" for index in range(job.spec.num_images)]
+    return [f"{index}-{kept.file_prefix}{suffix}" for index in range(job.spec.num_images)]
 
 
-def picture_links(job: pb.GenerationJob, kept: Kept, base_url: str) -> list[str]:
+def picture_links(job: pb.GenerationJob, kept: Kept, base_url: str, suffix: str = ".png") -> list[str]:
     """Addresses of the pictures. Whoever has one may read it, as long as the drawing's record is kept."""
     root = f"{base_url}/generations/{job.project_id}/{job.job_id}"
-    return [f"{root}/{name}" for name in picture_names(job, kept)]
+    return [f"{root}/{name}" for name in picture_names(job, kept, suffix)]
 
 
 def picture_key(job: pb.GenerationJob, kept: Kept, name: str) -> str:
-    """Artifact key of the picture of this name; "": there is none, or not yet."""
-    names = picture_names(job, kept) if kept.file_prefix else []
+    """Artifact key of the picture of this name, as a file or as text; "": there is none, or not yet."""
+    suffix = TEXT_SUFFIX if name.endswith(TEXT_SUFFIX) else ".png"
+    names = picture_names(job, kept, suffix) if kept.file_prefix else []
     index = names.index(name) if name in names else len(job.result.images)
     return job.result.images[index].key if index < len(job.result.images) else ""
 
 
 def body_of(
-    job: pb.GenerationJob, kept: Kept, base_url: str, now_ms: int, waiting: int = 0
+    job: pb.GenerationJob,
+    kept: Kept,
+    base_url: str,
+    now_ms: int,
+    waiting: int = 0,
+    texts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The answer that shows a drawing: finished, under way, or failed.
 
@@ -343,21 +457,22 @@ def body_of(
         base_url: what addresses begin with.
         now_ms: the present, milliseconds since 1970.
         waiting: drawings that come first, for the estimate.
+        texts: the pictures in base64, where that was asked for; they take the place of their addresses.
     """
     if job.state == job_pb2.JOB_STATE_SUCCEEDED:
-        return _success_body(job, kept, base_url)
+        return _success_body(job, kept, base_url, texts)
     if job.state in FINAL_STATES:
         return _failed_body(job, kept)
     return _processing_body(job, kept, base_url, seconds_left(job, now_ms, waiting))
 
 
-def _success_body(job: pb.GenerationJob, kept: Kept, base_url: str) -> dict[str, Any]:
-    links = picture_links(job, kept, base_url)[: len(job.result.images)]
+def _success_body(job: pb.GenerationJob, kept: Kept, base_url: str, texts: Sequence[str]) -> dict[str, Any]:
+    links = picture_links(job, kept, base_url, TEXT_SUFFIX if texts else ".png")[: len(job.result.images)]
     body = {
         "status": "success",
         "generationTime": float(job.result.device_seconds),
         "id": int(job.job_id),
-        "output": links,
+        "output": list(texts) or links,
         "proxy_links": links,
         "webhook_status": "",
         "meta": meta_of(job, kept),
@@ -379,7 +494,7 @@ def _processing_body(job: pb.GenerationJob, kept: Kept, base_url: str, eta: int)
         "id": int(job.job_id),
         "output": [],
         "meta": meta_of(job, kept),
-        "future_links": picture_links(job, kept, base_url),
+        "future_links": picture_links(job, kept, base_url, TEXT_SUFFIX if kept.base64 else ".png"),
         "track_id": kept.track_id,
     }
 
@@ -395,7 +510,7 @@ def _failed_body(job: pb.GenerationJob, kept: Kept) -> dict[str, Any]:
 
 
 def webhook_body(job: pb.GenerationJob, kept: Kept, base_url: str) -> dict[str, Any]:
-    """What a webhook receives at the end."""
+    """What a webhook receives at the end; always the pictures' addresses."""
     return body_of(job, kept, base_url, 0)
 
 
@@ -431,15 +546,22 @@ def meta_of(job: pb.GenerationJob, kept: Kept) -> dict[str, Any]:
         "panorama": "no",
         "self_attention": "no",
         "highres_fix": "no",
-        "embeddings": None,
-        "lora": None,
-        "lora_strength": 1,
+        **_add_ons_echoed(spec),
         "clip_skip": max(1, spec.clip_skip),
         "temp": yes_no(kept.temp),
-        "base64": "no",
+        "base64": yes_no(kept.base64),
         "tomesd": "no",
         "use_karras_sigmas": yes_no(spec.use_karras_sigmas),
         "vae": None,
         "outdir": "out",
         "file_prefix": kept.file_prefix,
+        **_meta_of_pictures(spec, kept),
     }
+
+
+def _meta_of_pictures(spec: pb.GenerationSpec, kept: Kept) -> dict[str, Any]:
+    """What is started from; nothing where that is noise."""
+    if not spec.init_image_key:
+        return {}
+    started = {"init_image": kept.init_image, "strength": float(spec.strength)}
+    return started | ({"mask_image": kept.mask_image} if spec.mask_image_key else {})

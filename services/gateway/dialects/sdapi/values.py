@@ -4,6 +4,8 @@ One row a parameter and every fault collected, as in the other dialects; what di
 keys are ignored, always.
 """
 
+import base64
+import binascii
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,9 @@ from services.domain.addresses import parse_target
 from services.domain.errors import EgressRefused, InvalidSpec, Violation
 from services.domain.rules import Range
 
-Kind = Literal["text", "integer", "number", "switch", "link", "links", "models", "opaque", "word"]
+Kind = Literal[
+    "text", "integer", "number", "numbers", "switch", "link", "links", "models", "opaque", "word", "picture"
+]
 
 NULLISH = frozenset({"", "null", "none", "undefined"})
 """Words that stand for an absent value, in any case, with or without surrounding space."""
@@ -30,17 +34,33 @@ _WORDS: Mapping[str, str] = {
     "text": "must be a string",
     "integer": "must be an integer",
     "number": "must be a number",
+    "numbers": "must be a number, or several numbers separated by commas",
     "switch": "must be yes or no",
     "link": "must be an http or https address",
     "links": "must be a list of http or https addresses",
     "models": "must be an id, or several ids separated by commas",
+    "picture": "must be an http or https address, or a picture in base64",
     "opaque": f"must be a string of at most {MAX_TRACK_BYTES} bytes, or a number",
 }
+_DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _INTEGER = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 
 
 class Misfit(Exception):
     """A value that does not fit; its text is the rule as a sentence part, "" for the one of its kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture as a request names it: by its address, or itself.
+
+    Attributes:
+        url: address; "": the bytes are here.
+        data: a file of any type.
+    """
+
+    url: str = ""
+    data: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +111,8 @@ class Parameter:
         read = _READERS[self.kind](value)
         if isinstance(read, str) and self.kind == "text" and len(read) > self.length:
             raise Misfit(f"must have at most {self.length} characters")
-        if self.limit is not None and not self.limit.holds(read):
+        numbers = read if isinstance(read, list) else [read]
+        if self.limit is not None and not all(self.limit.holds(number) for number in numbers):
             raise Misfit(self.limit.rule)
         return read
 
@@ -100,6 +121,7 @@ class Parameter:
         kinds: dict[str, dict[str, Any]] = {
             "integer": {"type": ["integer", "string"]},
             "number": {"type": ["number", "string"]},
+            "numbers": {"type": ["number", "string"]},
             "switch": {"type": ["string", "boolean"], "enum": ["yes", "no", True, False]},
             "links": {"type": "array", "items": {"type": "string", "format": "uri"}},
             "opaque": {"type": ["string", "number"]},
@@ -143,6 +165,16 @@ def number_of(value: Any) -> float:
     return number
 
 
+def numbers_of(value: Any) -> list[float]:
+    """One number, or several as a list or as one text with commas; an empty place is 1."""
+    if not isinstance(value, (str, list)):
+        return [number_of(value)]
+    parts = text_of(value).split(",") if isinstance(value, str) else value
+    return [
+        1.0 if part is None or str(part).strip().lower() in NULLISH else number_of(part) for part in parts
+    ]
+
+
 def switch_of(value: Any) -> bool:
     """Yes or no in any of the spellings that are seen."""
     word = str(value).strip().lower() if isinstance(value, (str, bool, int)) else ""
@@ -174,6 +206,21 @@ def links_of(value: Any) -> list[str]:
     return [link_of(part) for part in parts if part not in (None, "")]
 
 
+def picture_of(value: Any) -> Picture:
+    """An address, or a file in base64, with or without the prefix of a data URI."""
+    text = text_of(value).strip()
+    if re.match("https?:", text, re.IGNORECASE):
+        return Picture(url=link_of(text))
+    coded = "".join(_DATA_URI.sub("", text, count=1).split())
+    try:
+        data = base64.b64decode(coded + "=" * (-len(coded) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Misfit from error
+    if not data:
+        raise Misfit
+    return Picture(data=data)
+
+
 def models_of(value: Any) -> list[str]:
     """Ids, as a list or as one text with commas."""
     parts = text_of(value).split(",") if isinstance(value, str) else value
@@ -203,10 +250,12 @@ _READERS: Mapping[str, Any] = {
     "text": text_of,
     "integer": integer_of,
     "number": number_of,
+    "numbers": numbers_of,
     "switch": switch_of,
     "link": link_of,
     "links": links_of,
     "models": models_of,
+    "picture": picture_of,
     "opaque": opaque_of,
 }
 
