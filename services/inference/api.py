@@ -3,6 +3,7 @@
 import asyncio
 
 from likeness.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from likeness.scaling.v1.external_scaler_pb2_grpc import add_ExternalScalerServicer_to_server
 from likeness.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
 from services.adapters.clock import RealClock
@@ -16,6 +17,8 @@ from services.domain.job import JobKind
 from services.inference.servicer import InferenceServicer
 from services.jobs.core import JobCore
 from services.jobs.documents import StorageDocuments
+from services.jobs.scaler import SERVICE as SCALER_SERVICE
+from services.jobs.scaler import Scaler
 
 
 async def serve(settings: InferenceApiSettings) -> None:
@@ -45,6 +48,8 @@ async def serve(settings: InferenceApiSettings) -> None:
         server.add(
             add_WorkerServiceServicer_to_server, core.worker_servicer, "likeness.worker.v1.WorkerService"
         )
+        scaler = Scaler(core.index, platform.job_log.now_ms)
+        server.add(add_ExternalScalerServicer_to_server, scaler, SCALER_SERVICE)
         async with server:
             await server.run_until_signalled()
             running.cancel()

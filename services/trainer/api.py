@@ -4,6 +4,7 @@ import asyncio
 from typing import Final
 
 from likeness.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
+from likeness.scaling.v1.external_scaler_pb2_grpc import add_ExternalScalerServicer_to_server
 from likeness.training.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from likeness.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
@@ -17,6 +18,8 @@ from services.adapters.telemetry import configure_logging
 from services.domain.job import JobKind, Phase
 from services.jobs.core import JobCore
 from services.jobs.documents import StorageDocuments
+from services.jobs.scaler import SERVICE as SCALER_SERVICE
+from services.jobs.scaler import Scaler
 from services.trainer.phases import Siblings, TrainingLeader
 from services.trainer.servicer import TrainingServicer
 
@@ -55,6 +58,8 @@ async def serve(settings: TrainerApiSettings) -> None:
         server.add(
             add_WorkerServiceServicer_to_server, core.worker_servicer, "likeness.worker.v1.WorkerService"
         )
+        scaler = Scaler(core.index, platform.job_log.now_ms)
+        server.add(add_ExternalScalerServicer_to_server, scaler, SCALER_SERVICE)
         async with server:
             await server.run_until_signalled()
             running.cancel()

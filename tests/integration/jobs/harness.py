@@ -1,12 +1,14 @@
 """Apis over real gRPC on loopback ports, on a log in memory or on a real one, and workers' clients to them."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from likeness.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
-from likeness.storage.v1.model_pb2 import Model
+from likeness.scaling.v1.external_scaler_pb2_grpc import add_ExternalScalerServicer_to_server
+from likeness.storage.v1.model_pb2 import Model, ModelFormat
 from likeness.training.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from likeness.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
@@ -17,6 +19,8 @@ from services.domain.errors import NotFound
 from services.domain.job import JobKind
 from services.inference.servicer import InferenceServicer
 from services.jobs.core import JobCore, Platform
+from services.jobs.scaler import SERVICE as SCALER_SERVICE
+from services.jobs.scaler import Scaler
 from services.jobs.worker_client import WorkerClient
 from services.trainer.servicer import TrainingServicer
 from tests.unit.jobs.harness import MemoryDocuments
@@ -27,13 +31,18 @@ BEAT_S = 0.1
 
 
 class OneModel:
-    """A registry that knows `pocket` only."""
+    """A registry that knows the model `pocket`, and `rex` and `stranger`, a LoRA of its family and one of another."""
 
     async def get_model(self, project: str, model: str = "") -> Model:
-        if model != "pocket":
+        families = {"pocket": "flat", "rex": "flat", "stranger": "sdxl"}
+        if model not in families:
             raise NotFound("no such model")
-        found = Model(model="pocket", manifest_digest="d" * 64)
+        found = Model(model=model, manifest_digest=hashlib.sha256(model.encode()).hexdigest())
+        found.manifest.family = families[model]
         found.manifest.native_size_px = 512
+        if model != "pocket":
+            found.manifest.format = ModelFormat.MODEL_FORMAT_LORA
+            found.manifest.components.add(path="unet/lora-000.safetensors")
         return found
 
 
@@ -64,6 +73,8 @@ async def serving(
     server.add(
         add_WorkerServiceServicer_to_server, wrap(core.worker_servicer), "likeness.worker.v1.WorkerService"
     )
+    scaler = Scaler(core.index, platform.job_log.now_ms, look_s=TICK_S)
+    server.add(add_ExternalScalerServicer_to_server, scaler, SCALER_SERVICE)
     if kind is JobKind.GEN:
         drawings = InferenceServicer(core, OneModel())
         server.add(add_InferenceServiceServicer_to_server, drawings, "likeness.inference.v1.InferenceService")
