@@ -211,13 +211,13 @@ def report_checkpoint(record: JobRecord, epoch: int, checkpoint: Checkpoint) -> 
     )
 
 
-def report_previews(record: JobRecord, epoch: int, names: str) -> JobRecord:
-    """The owner stored pictures of the training that goes on."""
+def report_meanwhile(record: JobRecord, epoch: int, what: str) -> JobRecord:
+    """The owner stored something of the training that goes on: pictures, or a version of the model."""
     check_epoch(record, epoch)
-    _require(record, record.phase is Phase.TRAIN, "have previews")
+    _require(record, record.phase is Phase.TRAIN, "have previews or versions")
     return replace(
         record,
-        why=clipped(names, MAX_WHY_BYTES),
+        why=clipped(what, MAX_WHY_BYTES),
         event=True,
         beaten=True,
         reported=record.reported + 1,

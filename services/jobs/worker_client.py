@@ -146,6 +146,10 @@ class JobHandle:
         """Reports stored pictures of the training that goes on, 1..64."""
         await self._report(previews=pb.PreviewsReport(previews=previews))
 
+    async def version(self, model: str, step: int) -> None:
+        """Reports a registered version of the model of the training that goes on."""
+        await self._report(version=pb.VersionReport(model=model, step=step))
+
     async def trained(self, result: TrainingResult) -> None:
         """Reports a training done and its model registered. The last report."""
         await self._report_last(trained=pb.TrainedReport(result=result))

@@ -15,6 +15,7 @@ from likeness.worker.v1 import worker_service_pb2 as pb
 from likeness.worker.v1.worker_service_pb2_grpc import WorkerServiceServicer
 
 from services.domain import life_cycle as life
+from services.domain.artifacts import is_ref_name
 from services.domain.errors import InvalidSpec, LikenessError
 from services.domain.job import Checkpoint, JobFailure, JobKind, JobRecord, JobRef, Stage, bounded_remarks
 from services.domain.ports import Beat, Revision
@@ -142,6 +143,7 @@ class WorkerServicer(WorkerServiceServicer):
             "stage": self._stage,
             "checkpoint": self._checkpoint,
             "previews": self._previews,
+            "version": self._version,
             "trained": self._trained,
             "failed": self._failed,
             "yielded": self._yielded,
@@ -170,7 +172,14 @@ class WorkerServicer(WorkerServiceServicer):
             rule = f"must be 1 to {MAX_PREVIEWS_AT_ONCE} pictures, each with its key and name"
             raise InvalidSpec(rule, "previews.previews")
         names = "drawn while training: " + ", ".join(preview.name for preview in previews)
-        return lambda record: life.report_previews(record, request.epoch, names)
+        return lambda record: life.report_meanwhile(record, request.epoch, names)
+
+    def _version(self, request: pb.ReportRequest) -> Move:
+        version = request.version
+        if not is_ref_name(version.model) or version.step < 1:
+            raise InvalidSpec("must name a model and its updates", "version.model")
+        what = f"published after {version.step} updates as {version.model}"
+        return lambda record: life.report_meanwhile(record, request.epoch, what)
 
     def _trained(self, request: pb.ReportRequest) -> Move:
         result = request.trained.result

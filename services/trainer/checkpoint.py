@@ -90,10 +90,20 @@ def capture(
 
 
 def restore(checkpoint: Checkpoint, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
-    """Puts weights and optimizer state back, bit for bit.
+    """Puts weights and optimizer state back, bit for bit; raises as :func:`restore_weights`."""
+    restore_weights(checkpoint, parameters)
+    optimizer.state.clear()
+    for key, value in {**checkpoint.optimizer, **checkpoint.scalars}.items():
+        name, entry = key.rsplit(_SEPARATOR, 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][entry] = _placed(value, parameter)
+
+
+def restore_weights(checkpoint: Checkpoint, parameters: NamedParameters) -> None:
+    """Puts the weights back, bit for bit.
 
     Raises:
-        CheckpointMismatch: names or shapes of the weights differ from the model's.
+        CheckpointMismatch: their names or shapes differ from the model's.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}:
@@ -101,11 +111,6 @@ def restore(checkpoint: Checkpoint, parameters: NamedParameters, optimizer: torc
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.weights[name])
-    optimizer.state.clear()
-    for key, value in {**checkpoint.optimizer, **checkpoint.scalars}.items():
-        name, entry = key.rsplit(_SEPARATOR, 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][entry] = _placed(value, parameter)
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -230,17 +235,17 @@ class BackgroundWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a write is under way."""
-        return self._pending is not None and not self._pending.done()
+        """Whether a write is under way, or its folder has not been collected yet."""
+        return self._pending is not None
 
     def start(self, checkpoint: Checkpoint) -> None:
-        """Begins to write; waits for an earlier write first."""
+        """Begins to write; waits for an earlier write first, whose folder is not collected any more."""
         self.wait()
         self._pending = self._executor.submit(write, self._folder, checkpoint)
 
     def collect(self) -> Path | None:
         """Returns a folder once, after its write has ended; raises what the write raised."""
-        if self._pending is None or self.busy:
+        if self._pending is None or not self._pending.done():
             return None
         return self.wait()
 

@@ -6,16 +6,15 @@ been lost or altered costs the updates since the one before, not the training.
 
 import asyncio
 import logging
-import os
-import shutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from services.adapters.storage_client import StorageClient
 from services.domain.artifacts import media_type_of
-from services.domain.errors import AlteredBytes, LikenessError, NotFound, StaleEpoch
+from services.domain.errors import AlteredBytes, NotFound
 from services.jobs.worker_client import JobHandle
-from services.trainer.preview_uploads import DOCUMENT, PreviewUploads, as_document
+from services.trainer.upload_queue import UploadQueue, held, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +28,9 @@ class CheckpointUploads:
     Args:
         storage: where they go.
         handle: the job; each stored checkpoint is reported to it.
-        folder: holds on to the files of a checkpoint until it is stored, since the child keeps only the newest two.
+        folder: holds on to the files of a checkpoint until it is stored.
         before: manifest key of the last checkpoint of an earlier attempt; empty: there is none.
-        previews: what was drawn so far is listed with each checkpoint; None: nothing is drawn.
+        extra: what else the document of a checkpoint says, at the moment at which it is stored.
     """
 
     def __init__(
@@ -40,75 +39,59 @@ class CheckpointUploads:
         handle: JobHandle,
         folder: Path,
         before: str = "",
-        previews: PreviewUploads | None = None,
+        extra: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
     ) -> None:
         self._storage = storage
         self._handle = handle
         self._folder = folder
         self._before = before
-        self._previews = previews
-        self._waiting: tuple[Path, int] | None = None
-        self._news = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._extra = extra
+        self._queue = UploadQueue[tuple[Path, int]]("checkpoint", self._store_newest)
+        self.run = self._queue.run
+        self.drain = self._queue.drain
 
     async def add(self, checkpoint: Path, step: int) -> None:
         """Takes a checkpoint over; its folder may vanish afterwards."""
-        held = self._folder / checkpoint.name
+        if (folder := await held(checkpoint, self._folder)) is not None:
+            self._queue.add((folder, step))
+
+    async def _store_newest(self, checkpoints: Sequence[tuple[Path, int]]) -> None:
         try:
-            await asyncio.to_thread(
-                shutil.copytree, checkpoint, held, copy_function=os.link, dirs_exist_ok=True
-            )
-        except OSError as error:
-            logger.warning("checkpoint was gone before it was stored", extra={"detail": str(error)})
-            return
-        self._waiting = (held, step)
-        self._idle.clear()
-        self._news.set()
+            await self._store(*checkpoints[-1])
+        finally:
+            await let_go([folder for folder, _ in checkpoints])
 
-    async def drain(self) -> None:
-        """Waits until the newest checkpoint is stored and reported."""
-        await self._idle.wait()
-
-    async def run(self) -> None:
-        """Stores what is added, for ever. What storage cannot take now is followed by a newer one."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            while self._waiting is not None:
-                (held, step), self._waiting = self._waiting, None
-                try:
-                    await self._store(held, step)
-                except StaleEpoch:
-                    logger.info("checkpoint not wanted any more", extra={"step": step})
-                except (
-                    Exception
-                ) as error:  # whatever it is, training goes on, and ends without waiting for it
-                    level = logging.WARNING if isinstance(error, (LikenessError, OSError)) else logging.ERROR
-                    logger.log(level, "checkpoint not stored", extra={"step": step}, exc_info=error)
-                await asyncio.to_thread(shutil.rmtree, held, ignore_errors=True)
-            self._idle.set()
-
-    async def _store(self, held: Path, step: int) -> None:
+    async def _store(self, folder: Path, step: int) -> None:
         project = self._handle.project_id
         files = []
-        for path in await asyncio.to_thread(_files_of, held):
+        for path in await asyncio.to_thread(_files_of, folder):
             blob = await self._storage.upload_file(project, path, media_type_of(path.name))
             files.append({"name": path.name, "key": blob.key, "size_bytes": blob.size_bytes})
         document: dict[str, Any] = {
             "job": self._handle.job_id,
             "step": step,
-            "folder": held.name,
+            "folder": folder.name,
             "files": files,
             "before": self._before,
+            **(await self._extra() if self._extra is not None else {}),
         }
-        if self._previews is not None:
-            await self._previews.drain()
-            document[DOCUMENT] = as_document(self._previews.stored)
         manifest = await self._storage.upload_document(project, document)
         await self._handle.checkpoint(manifest.key, step)
         self._before = manifest.key
         logger.info("checkpoint stored", extra={"step": step})
+
+
+async def read_checkpoint(storage: StorageClient, manifest_key: str) -> Mapping[str, Any]:
+    """Reads the document of a stored checkpoint; that of one that is gone is empty.
+
+    Raises:
+        Unavailable, DeadlineExceeded: storage does not answer.
+    """
+    try:
+        document = await storage.read_document(manifest_key)
+    except (NotFound, AlteredBytes):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 async def fetch_checkpoint(storage: StorageClient, manifest_key: str, folder: Path) -> Path | None:

@@ -1,13 +1,15 @@
 """The process that holds the device during a training: one command in, progress out, weights as files.
 
 Commands (JSON objects with a `command`): `train` once, then `checkpoint`, `yield` and `stop` at any time. Events (with
-an `event`): `ready`, `stage`, `progress`, `checkpoint`, `preview`, and one last `ended` or `failed`; then the process
-ends. It uses no network and holds no secrets; when the device's context breaks it dies, and the parent says so.
+an `event`): `ready`, `stage`, `progress`, `checkpoint`, `version`, `preview`, and one last `ended` or `failed`; then
+the process ends. `publish` in place of `train` makes a model of one checkpoint of a training that goes on in another
+process. It uses no network and holds no secrets; when the device's context breaks it dies, and the parent says so.
 """
 
 import argparse
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,10 +40,13 @@ from services.trainer.data import Concept, Picture
 from services.trainer.needs import out_of_memory
 from services.trainer.recipes import dreambooth, everydream
 from services.trainer.run import Observer, Outcome, Preview, Progress, Request, Run, Stage
+from services.trainer.versions import publish_version
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_PAUSE_S = 0.25
+BESIDE = 10
+"""Politeness (see nice(2)) of a process that works beside the training, perhaps on its cores."""
 RECIPES: Mapping[int, Callable[[Run, Observer], Outcome]] = {
     pb.RECIPE_UNSPECIFIED: dreambooth.train,
     pb.RECIPE_DREAMBOOTH: dreambooth.train,
@@ -78,6 +83,10 @@ class LinkObserver:
         """Tells where a whole checkpoint is."""
         self._emit({"event": "checkpoint", "folder": str(folder), "step": step})
 
+    def version_saved(self, folder: Path, step: int) -> None:
+        """Tells which checkpoint is to become a version of the model."""
+        self._emit({"event": "version", "folder": str(folder), "step": step})
+
     def preview_drawn(self, preview: Preview) -> None:
         """Tells where a picture of the model that trains is."""
         self._emit(
@@ -105,9 +114,9 @@ def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
 
     Args:
         command: `spec` (JSON of a TrainingSpec), `model_folder`, `model_digest`, `concepts`, `workdir`,
-            `resume_from` and `start_from` (folder or null), `checkpoint_interval_s`, `family` and `license` of the
-            base model; for captioned training also `dataset`, the file of the first concept's dataset as storage
-            describes it.
+            `resume_from` and `start_from` (folder or null), `version_is_missing`, `checkpoint_interval_s`, `family`
+            and `license` of the base model; for captioned training also `dataset`, the file of the first concept's
+            dataset as storage describes it.
         device: where to train.
     """
     spec = ParseDict(command["spec"], pb.TrainingSpec(), ignore_unknown_fields=True)
@@ -122,6 +131,7 @@ def run_of(command: Mapping[str, Any], device: torch.device) -> Run:
         resume_from=Path(command["resume_from"]) if command.get("resume_from") else None,
         start_from=Path(command["start_from"]) if command.get("start_from") else None,
         checkpoint_interval_s=float(command["checkpoint_interval_s"]),
+        version_is_missing=bool(command.get("version_is_missing")),
         family=str(command.get("family", "")),
         license=str(command.get("license", "")),
         captioned=_captioned(Path(command["dataset"]), spec, concepts[0]) if command.get("dataset") else None,
@@ -231,11 +241,16 @@ def main() -> None:
     torch.use_deterministic_algorithms(device.type == "cpu")
     link.emit({"event": "ready", "device": device_name(device), "memory_bytes": device_memory_bytes(device)})
     command = next(link.commands())
-    if command["command"] != "train":
+    if command["command"] not in ("train", "publish"):
         return
     try:
-        run = run_of(command, device)
-        link.emit(ended_event(train(run, LinkObserver(link.emit, link.poll))))
+        run, observer = run_of(command, device), LinkObserver(link.emit, link.poll)
+        if command["command"] == "train":
+            outcome = train(run, observer)
+        else:
+            os.nice(BESIDE)
+            outcome = publish_version(run, Path(command["checkpoint"]), observer)
+        link.emit(ended_event(outcome))
     except Exception as error:
         link.emit(failed_event(error))
 

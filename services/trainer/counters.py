@@ -24,6 +24,8 @@ class Counters:
 
     Attributes:
         planned: updates of the whole training as first asked for; the learning-rate curves keep that length.
+        elapsed_s: seconds that all updates took, those of earlier attempts too.
+        version_s: what `elapsed_s` was when the last version of the model was begun; 0: none was.
     """
 
     planned: int
@@ -32,6 +34,7 @@ class Counters:
     skipped: int = 0
     consecutive_skipped: int = 0
     elapsed_s: float = 0.0
+    version_s: float = 0.0
     spikes: int = 0
     largest_change: float = 0.0
     recent_losses: tuple[float, ...] = ()
@@ -52,6 +55,14 @@ class Counters:
         """Counts one update that had no picture left to learn from."""
         self.update += 1
         self.skipped += 1
+
+    def version_is_due(self, every_minutes: float) -> bool:
+        """Whether so much training has passed since the last version was begun, or since the start; 0: never."""
+        return every_minutes > 0 and self.elapsed_s - self.version_s >= 60 * every_minutes
+
+    def note_version(self) -> None:
+        """Counts the time to the next version from here."""
+        self.version_s = self.elapsed_s
 
     @property
     def diverged(self) -> bool:

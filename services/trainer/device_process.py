@@ -71,7 +71,16 @@ class TrainingProcess:
                 return
         raise ChildDied("the training process ended before it had its device", self._process.output)
 
-    async def train(self, command: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
+    def another(self, *arguments: str) -> "TrainingProcess":
+        """Returns one more process of this kind, for work beside a training; not started yet.
+
+        Args:
+            arguments: added to the child's command line.
+        """
+        module, *own = self._command
+        return TrainingProcess(*own, *arguments, module=module, silence_s=self._silence_s)
+
+    def train(self, command: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
         """Has one training done.
 
         Args:
@@ -83,11 +92,23 @@ class TrainingProcess:
         Raises:
             ChildDied: the child ended, or was killed for its silence, before that.
         """
+        return self._do("train", command)
+
+    def publish(self, command: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
+        """Has a model made of one checkpoint of a training; yields and raises as :meth:`train`.
+
+        Args:
+            command: the contents of that training's `train` command, with its own `workdir`, and `checkpoint`: the
+                folder.
+        """
+        return self._do("publish", command)
+
+    async def _do(self, verb: str, command: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
         await self.until_ready()
         process, events = self._process, self._events
         assert process is not None
         assert events is not None
-        await process.send({"command": "train", **command})
+        await process.send({"command": verb, **command})
         # The watchdog counts from the last event, which may be hours ago: it starts to watch with the first new one.
         event = await self._first(events)
         process.silence_s = self._silence_s[event.get("stage", "loading")]

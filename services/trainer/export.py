@@ -33,6 +33,7 @@ from services.diffusion.lora import Part
 from services.domain.errors import ExportMismatch
 from services.domain.training_spec import LOW_RANK
 from services.trainer import adapters, whole_files
+from services.trainer.captions import written_caption
 from services.trainer.run import Run
 from services.trainer.shared_files import shared_paths
 from services.trainer.trained_model import TrainedModel, parts_of, published_form
@@ -64,13 +65,12 @@ class Exported:
     difference: float | None
 
 
-def export(run: Run, model: TrainedModel, prompt: str) -> Exported:
+def export(run: Run, model: TrainedModel) -> Exported:
     """Writes what was trained and what the base cannot share, reads it back, and adds the formats asked for.
 
     Args:
         run: where to write, and how.
         model: as it is to be published; its modules are put into evaluation mode.
-        prompt: of the drawing that proves it.
 
     Raises:
         ExportMismatch: what was written is not what is in memory.
@@ -89,7 +89,7 @@ def export(run: Run, model: TrainedModel, prompt: str) -> Exported:
     if components.scheduler_config != model.components.scheduler_config:
         files += save_scheduler_config(dict(components.scheduler_config), run.export_folder)
     with _read_back(run, files) as published:
-        difference = _check_drawing(run, components, published, files, dtype, prompt)
+        difference = _check_drawing(run, components, published, files, dtype)
         if run.spec.export_formats:
             whole = dtype if _fits(published, dtype) else torch.float32
             other_formats |= whole_files.write(published, run.spec.export_formats, run.export_folder, whole)
@@ -170,14 +170,13 @@ def _check_drawing(
     published: Components,
     files: Iterable[Path],
     dtype: torch.dtype,
-    prompt: str,
 ) -> float | None:
     """Draws with the model in memory and with the one from its files, and compares; returns the difference."""
     precisions = {dtype, components.unet.dtype, components.text_encoder.dtype}
     return compare_drawings(
         components,
         published,
-        _proof_drawing(run, components, prompt),
+        _proof_drawing(run, components),
         tolerance=EXACT_TOLERANCE if precisions == {torch.float32} else HALF_TOLERANCE,
         decoded=Path(VAE_WEIGHTS) in files,
     )
@@ -238,7 +237,13 @@ def compare_drawings(
     return difference
 
 
-def _proof_drawing(run: Run, components: Components, prompt: str) -> Drawing:
+def _proof_drawing(run: Run, components: Components) -> Drawing:
+    """A drawing of what the first picture is said to show."""
+    prompt = (
+        written_caption(run.captioned.pictures[0])
+        if run.captioned is not None
+        else run.concepts[0].instance_pictures[0].prompt
+    )
     side = min(run.spec.resolution, components.native_size_px)
     return Drawing(
         prompt=prompt,

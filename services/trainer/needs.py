@@ -84,12 +84,13 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Numbers of a base model: parameters by part, and what its VAE's first layer holds of a pixel."""
+    """Numbers of a base model: parameters by part, and what its VAE holds of a pixel where it holds most."""
 
     unet: int
     text_encoder: int
     vae: int
-    vae_bytes_per_pixel: int
+    encoder_bytes_per_pixel: int
+    decoder_bytes_per_pixel: int
     vae_factor: int
 
     def of(self, part: Part) -> int:
@@ -215,7 +216,10 @@ _SAVINGS: tuple[Callable[[pb.TrainingSpec, torch.device], str], ...] = (
 
 
 def _memory_bytes(run: Run, spec: pb.TrainingSpec, execution: Execution) -> int:
-    """Weights and what training keeps beside them, and the larger of one forward pass and one encoded picture."""
+    """Weights and what training keeps beside them, and the largest of what comes and goes.
+
+    That is a forward pass, a picture that is encoded, or a preview that is decoded: never two of them at a time.
+    """
     root = open_model(run.model_folder).root
     sizes = _sizes(root)
     low_rank = spec.method in LOW_RANK
@@ -236,7 +240,8 @@ def _memory_bytes(run: Run, spec: pb.TrainingSpec, execution: Execution) -> int:
     kept = kept * computed // 4
     if spec.gradient_checkpointing:
         kept = int(kept * RECOMPUTED_SHARE)
-    return held + max(kept, sizes.vae_bytes_per_pixel * side * side)
+    coded = sizes.decoder_bytes_per_pixel if spec.preview_prompts else sizes.encoder_bytes_per_pixel
+    return held + max(kept, coded * side * side)
 
 
 def _update_s(run: Run, execution: Execution) -> float:
@@ -288,8 +293,10 @@ def _sizes(root: Path) -> _Sizes:
         unet=_count(_unet(root)),
         text_encoder=_count(text_encoder),
         vae=_count(vae),
-        # Input, output and normalised copy of a residual block on the first level.
-        vae_bytes_per_pixel=3 * 4 * int(channels[0]),
+        # Input, normalised and activated copy of a residual block at full size. The decoder's first one there has the
+        # channels of the level below still.
+        encoder_bytes_per_pixel=3 * 4 * int(channels[0]),
+        decoder_bytes_per_pixel=3 * 4 * int(channels[min(1, len(channels) - 1)]),
         vae_factor=1 << (len(channels) - 1),
     )
 

@@ -12,8 +12,8 @@ from likeness.training.v1.training_job_pb2 import PreviewImage
 
 from services.adapters.storage_client import StorageClient
 from services.domain.artifacts import media_type_of
-from services.domain.errors import LikenessError, NotFound, StaleEpoch
 from services.jobs.worker_client import JobHandle
+from services.trainer.upload_queue import UploadQueue
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,9 @@ class PreviewUploads:
         self._storage = storage
         self._handle = handle
         self._stored = {(preview.step, preview.prompt_index): preview for preview in known}
-        self._waiting: list[Mapping[str, Any]] = []
-        self._news = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._queue = UploadQueue[Mapping[str, Any]]("previews", self._store_and_report, REPORTED_AT_ONCE)
+        self.run = self._queue.run
+        self.drain = self._queue.drain
 
     @property
     def stored(self) -> list[PreviewImage]:
@@ -47,31 +46,7 @@ class PreviewUploads:
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Takes over the picture that a `preview` event of the child tells of."""
-        self._waiting.append(event)
-        self._idle.clear()
-        self._news.set()
-
-    async def drain(self) -> None:
-        """Waits until nothing is waiting."""
-        await self._idle.wait()
-
-    async def run(self) -> None:
-        """Stores and reports what is added, for ever."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            while self._waiting:
-                events, self._waiting = self._waiting[:REPORTED_AT_ONCE], self._waiting[REPORTED_AT_ONCE:]
-                try:
-                    await self._store_and_report(events)
-                except StaleEpoch:
-                    logger.info("previews not wanted any more")
-                except (
-                    Exception
-                ) as error:  # whatever it is, training goes on, and ends without waiting for it
-                    level = logging.WARNING if isinstance(error, (LikenessError, OSError)) else logging.ERROR
-                    logger.log(level, "previews not stored", exc_info=error)
-            self._idle.set()
+        self._queue.add(event)
 
     async def _store_and_report(self, events: Iterable[Mapping[str, Any]]) -> None:
         previews = [await self._store(event) for event in events]
@@ -108,16 +83,4 @@ def from_document(document: Any) -> list[PreviewImage]:
         return [ParseDict(entry, PreviewImage()) for entry in document.get(DOCUMENT, [])]
     except (ParseError, AttributeError, TypeError) as error:
         logger.warning("previews cannot be read", extra={"detail": str(error)})
-        return []
-
-
-async def previews_of_checkpoint(storage: StorageClient, manifest_key: str) -> list[PreviewImage]:
-    """Reads what was drawn before a checkpoint was stored; a checkpoint that is gone knows of none.
-
-    Raises:
-        Unavailable, DeadlineExceeded: storage does not answer.
-    """
-    try:
-        return from_document(await storage.read_document(manifest_key))
-    except NotFound:
         return []

@@ -29,6 +29,8 @@ class Run:
             is none of this run's own. It is gone on from where nothing that decides the weights differs, else its
             weights are what this run begins with.
         checkpoint_interval_s: seconds between recovery checkpoints.
+        version_is_missing: an earlier attempt was interrupted before a version that it had begun was published, so the
+            next one is due at once.
         family: of the base model, for those who look for add-ons that fit it; empty: unknown.
         license: of the base model; empty: unknown.
         captioned: pictures with captions of their own; None unless the recipe trains on such.
@@ -43,6 +45,7 @@ class Run:
     resume_from: Path | None = None
     start_from: Path | None = None
     checkpoint_interval_s: float = 60.0
+    version_is_missing: bool = False
     family: str = ""
     license: str = ""
     captioned: CaptionedData | None = None
@@ -143,6 +146,9 @@ class Observer(Protocol):
 
     def checkpoint_saved(self, folder: Path, step: int) -> None:
         """A recovery checkpoint is whole on the disk."""
+
+    def version_saved(self, folder: Path, step: int) -> None:
+        """The same checkpoint is to be published as a version of the model, beside the training that goes on."""
 
     def preview_drawn(self, preview: Preview) -> None:
         """A picture of the model that trains is whole on the disk; whoever is told may take its file away."""

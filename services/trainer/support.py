@@ -62,6 +62,7 @@ _COMMON = frozenset(
         "export_formats",
         "preview_prompts",
         "preview_steps",
+        "publish_every_minutes",
     }
 )
 _OWN: Mapping[int, frozenset[str]] = {

@@ -8,7 +8,7 @@ index, the weights and the optimizer's state, so a run that was interrupted goes
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "numTrainEpochs",
         "previewPrompts",
         "previewSteps",
+        "publishEveryMinutes",
         "saveFullPrecision",
         "saveOptimizer",
     }
@@ -136,6 +137,8 @@ class UpdateLoop:
         self._previews = Previews(run, model, self.average, total)
         self._watch = model.watch()
         self._start_remarks: list[str] = []
+        self._version_step = 0
+        self._version_is_missing = False
         self.checkpoint: Path | None = None
 
     # -- where an earlier attempt stopped --------------------------------------------------------------------
@@ -161,6 +164,7 @@ class UpdateLoop:
             return
         checkpoints.check_configuration(found, self._configuration, may_differ=MAY_DIFFER_ON_RESUME)
         self._go_on(found)
+        self._version_is_missing = run.version_is_missing
 
     def _start_from(self, folder: Path) -> None:
         """Goes on with another training where all that decides the weights is the same; else takes its weights."""
@@ -180,7 +184,7 @@ class UpdateLoop:
 
     def _begin_with(self, found: checkpoints.Checkpoint) -> None:
         """Begins a training of its own with the weights of another."""
-        checkpoints.restore(replace(found, optimizer={}, scalars={}), self._parameters, self._optimizer)
+        checkpoints.restore_weights(found, self._parameters)
         self.average = MovingAverage(self._parameters, self._run.spec.ema_decay)
         self._watch = self._model.watch()
 
@@ -230,7 +234,7 @@ class UpdateLoop:
             if ending is Ending.STOPPED:
                 return ending
             if (folder := writer.wait()) is not None:
-                observer.checkpoint_saved(folder, checkpoints.step_of(folder))
+                self._tell_saved(folder, observer)
             if not self._is_finite():
                 return Ending.DIVERGED
             if ending is Ending.YIELDED:
@@ -251,15 +255,18 @@ class UpdateLoop:
                 return Ending.STOPPED
             if wanted is Request.YIELD:
                 return Ending.YIELDED
-            if (wanted is Request.CHECKPOINT or pace.checkpoint_is_due) and saved_step < self.counters.update:
+            if (folder := writer.collect()) is not None:
+                self._tell_saved(folder, observer)
+            checkpoint_is_due = wanted is Request.CHECKPOINT or pace.checkpoint_is_due
+            checkpoint_is_due = checkpoint_is_due and saved_step < self.counters.update
+            if (checkpoint_is_due or self._version_is_due()) and not writer.busy:
                 if not self._is_finite():
                     return Ending.DIVERGED
-                if not writer.busy:
-                    with pace.checkpoint(), self._times.of("checkpoints"):
-                        writer.start(self._capture())
-                    saved_step = self.counters.update
-            if (folder := writer.collect()) is not None:
-                observer.checkpoint_saved(folder, checkpoints.step_of(folder))
+                if self._version_is_due():
+                    self._begin_version()
+                with pace.checkpoint(), self._times.of("checkpoints"):
+                    writer.start(self._capture())
+                saved_step = self.counters.update
 
             if self._previews.due(self.counters.update):
                 with self._times.of("previews"):
@@ -301,6 +308,23 @@ class UpdateLoop:
             self._note(progress)
             observer.progress(progress)
         return Ending.TRAINED
+
+    def _version_is_due(self) -> bool:
+        """Whether the present weights are to be published beside the training; after the last update it does that."""
+        every_minutes = self._run.spec.publish_every_minutes
+        if not every_minutes or self.counters.update >= self.total:
+            return False
+        return self._version_is_missing or self.counters.version_is_due(every_minutes)
+
+    def _begin_version(self) -> None:
+        self._version_step, self._version_is_missing = self.counters.update, False
+        self.counters.note_version()
+
+    def _tell_saved(self, folder: Path, observer: Observer) -> None:
+        step = checkpoints.step_of(folder)
+        if step == self._version_step:
+            observer.version_saved(folder, step)
+        observer.checkpoint_saved(folder, step)
 
     def _gradients(self, batches: list[Batch]) -> tuple[float, float]:
         """Computes loss and gradients of one update and clips them; returns the loss and their joint norm before."""
@@ -438,14 +462,19 @@ class UpdateLoop:
         if not self._run.spec.save_optimizer:
             return {}
         folder = checkpoints.write(self._run.workdir / "published", self._capture())
-        archive = Path(PUBLISHED_STATE) / "checkpoint.zip"
-        checkpoints.pack(folder, self._run.export_folder / archive)
-        return {PUBLISHED_STATE: archive}
+        return packed_state(folder, self._run.export_folder)
 
     def let_go(self) -> None:
         """Frees gradients and the optimizer's state, which nothing needs any more."""
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.state.clear()
+
+
+def packed_state(checkpoint: Path, export_folder: Path) -> dict[str, Path]:
+    """Packs a checkpoint for others; returns the archive's path below the export folder by the format's name."""
+    archive = Path(PUBLISHED_STATE) / "checkpoint.zip"
+    checkpoints.pack(checkpoint, export_folder / archive)
+    return {PUBLISHED_STATE: archive}
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

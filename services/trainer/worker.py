@@ -10,12 +10,12 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
 from likeness.job.v1.job_pb2 import JobStage, Progress
-from likeness.storage.v1.artifact_pb2 import Blob
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.adapters.blob_cache import BlobCache, FetchedModel
@@ -23,7 +23,7 @@ from services.adapters.child_process import ChildDied
 from services.adapters.manifests import to_json
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import bound, continued_trace
-from services.domain.artifacts import digest_of_key, media_type_of
+from services.domain.artifacts import digest_of_key
 from services.domain.errors import (
     OUTAGES,
     AlreadyExists,
@@ -36,16 +36,11 @@ from services.domain.errors import (
 )
 from services.domain.job import JobFailure, Stage
 from services.jobs.worker_client import JobHandle, WorkerClient, last_word
-from services.trainer.checkpoint_uploads import CheckpointUploads, fetch_checkpoint
-from services.trainer.delivery import (
-    concept_entries,
-    lineage_of,
-    model_export,
-    model_manifest,
-    training_result,
-)
+from services.trainer.checkpoint_uploads import CheckpointUploads, fetch_checkpoint, read_checkpoint
+from services.trainer.delivery import concept_entries, lineage_of, model_manifest, training_result
 from services.trainer.device_process import Event, TrainingProcess
-from services.trainer.preview_uploads import DOCUMENT, PreviewUploads, as_document, previews_of_checkpoint
+from services.trainer.preview_uploads import DOCUMENT, PreviewUploads, as_document, from_document
+from services.trainer.version_uploads import VersionUploads, store_files
 from services.trainer.work_folder import work_folder
 
 logger = logging.getLogger(__name__)
@@ -86,6 +81,7 @@ class TrainingWorker:
         checkpoint_interval_s: seconds between two recovery checkpoints.
         grace_s: seconds that the job in hand gets to reach a checkpoint when the worker leaves.
         outage_pause_s: seconds without a new job after one was given back because storage was away.
+        one_job_within_s: above 0, the worker ends after one job, or when none came within so many seconds.
     """
 
     def __init__(
@@ -99,6 +95,7 @@ class TrainingWorker:
         checkpoint_interval_s: float = 60.0,
         grace_s: float = 15.0,
         outage_pause_s: float = OUTAGE_PAUSE_S,
+        one_job_within_s: float = 0.0,
     ) -> None:
         self._client = client
         self._storage = storage
@@ -108,6 +105,7 @@ class TrainingWorker:
         self._checkpoint_interval_s = checkpoint_interval_s
         self._grace_s = grace_s
         self._outage_pause_s = outage_pause_s
+        self._one_job_within_s = one_job_within_s
         self._leaving = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -117,14 +115,26 @@ class TrainingWorker:
             ChildDied: the training process cannot be started.
         """
         watching = asyncio.create_task(self._leave_when(stopping))
+        idling = asyncio.create_task(self._leave_when_idle())
         try:
             async for handle in self._client.jobs(lambda: 1):
+                idling.cancel()
                 await self._serve(handle)
-                if not self._leaving.is_set():
+                if self._one_job_within_s:
+                    self._client.leave()
+                elif not self._leaving.is_set():
                     await self._process.until_ready()
         finally:
+            idling.cancel()
             watching.cancel()
             await self._process.end()
+
+    async def _leave_when_idle(self) -> None:
+        """A worker that is meant for one job takes none after its time: the device is another's by then."""
+        if self._one_job_within_s:
+            await asyncio.sleep(self._one_job_within_s)
+            logger.info("no training came", extra={"waited_s": self._one_job_within_s})
+            self._client.leave()
 
     async def _leave_when(self, stopping: asyncio.Event) -> None:
         await stopping.wait()
@@ -203,9 +213,11 @@ class TrainingWorker:
         try:
             with work_folder(self._work_root) as folder:
                 command = await self._command(handle, model, folder)
-                previews = PreviewUploads(self._storage, handle, await self._known_previews(handle))
-                ended = await self._train(handle, command, folder, previews)
-                return await self._deliver(handle, model, ended, previews.stored)
+                document = await self._earlier(handle)
+                beside = Beside(self._storage, handle, model, self._process, folder, document)
+                await beside.versions.prepare(command, document)
+                ended = await self._train(handle, command, beside)
+                return await self._deliver(handle, model, ended, beside.previews.stored)
         finally:
             await self._cache.release(model.folder)
 
@@ -272,12 +284,10 @@ class TrainingWorker:
         logger.info("training resumes from a checkpoint", extra={"checkpoint": found.name})
         return str(found)
 
-    async def _known_previews(self, handle: JobHandle) -> list[pb.PreviewImage]:
-        """What earlier attempts have drawn."""
+    async def _earlier(self, handle: JobHandle) -> Mapping[str, Any]:
+        """What the checkpoint of the last attempt says; empty: there is none."""
         reference = handle.checkpoint_ref
-        if reference is None:
-            return []
-        return await previews_of_checkpoint(self._storage, reference.manifest_key)
+        return {} if reference is None else await read_checkpoint(self._storage, reference.manifest_key)
 
     async def _fetch_start(self, prepared: pb.PreparedInputs, folder: Path) -> str | None:
         """Brings the state here that the training is to go on from, or begin with."""
@@ -290,43 +300,41 @@ class TrainingWorker:
 
     # -- the training ----------------------------------------------------------------------------------------
 
-    async def _train(
-        self, handle: JobHandle, command: Mapping[str, Any], folder: Path, previews: PreviewUploads
-    ) -> Event:
-        """Follows the child to its last event, storing checkpoints and previews beside it.
+    async def _train(self, handle: JobHandle, command: Mapping[str, Any], beside: "Beside") -> Event:
+        """Follows the child to its last event, storing beside it what it makes on its way.
 
         Raises:
             TrainingYielded: the worker leaves; the checkpoint is stored.
             TrainingFailed: the child gave up.
             ChildDied: it ended, or hung.
         """
-        before = handle.checkpoint_ref.manifest_key if handle.checkpoint_ref else ""
-        uploads = CheckpointUploads(self._storage, handle, folder / "upload", before, previews)
         begun = asyncio.Event()
-        async with running(uploads.run()), running(previews.run()), running(self._ask_to_yield(begun)):
+        async with beside.running(), running(self._ask_to_yield(begun)):
             async with contextlib.aclosing(self._process.train(command)) as events:
                 async for last in events:
                     begun.set()
-                    await self._heed(handle, last, uploads, previews)
-            await previews.drain()
-            await uploads.drain()
-        if last["event"] == "failed":
-            failure = JobFailure(last["reason"], last["message"], last["field"])
-            raise TrainingFailed(failure, bool(last["retryable"]))
-        if last["ending"] == "yielded":
-            raise TrainingYielded
-        return last
+                    await self._heed(handle, last, beside)
+            await beside.previews.drain()
+            await beside.checkpoints.drain()
+            if last["event"] == "failed":
+                failure = JobFailure(last["reason"], last["message"], last["field"])
+                raise TrainingFailed(failure, bool(last["retryable"]))
+            if last["ending"] == "yielded":
+                # A version takes longer than the grace period may be; the next attempt begins it anew.
+                raise TrainingYielded
+            await first_of(beside.versions.drain(), self._leaving.wait())
+        return {**last, "warnings": [*last["warnings"], *beside.versions.remarks]}
 
-    async def _heed(
-        self, handle: JobHandle, event: Event, uploads: CheckpointUploads, previews: PreviewUploads
-    ) -> None:
+    async def _heed(self, handle: JobHandle, event: Event, beside: "Beside") -> None:
         kind = event["event"]
         if kind == "progress":
             handle.progress(progress_of(event))
         elif kind == "checkpoint":
-            await uploads.add(Path(event["folder"]), int(event["step"]))
+            await beside.checkpoints.add(Path(event["folder"]), int(event["step"]))
+        elif kind == "version":
+            await beside.versions.add(Path(event["folder"]), int(event["step"]))
         elif kind == "preview":
-            previews.add(event)
+            beside.previews.add(event)
         elif kind == "stage" and event["stage"] == "training":
             await handle.stage(Stage.TRAINING, f"training has begun: {event['detail']}")
         elif kind == "stage" and event["stage"] == "exporting":
@@ -352,16 +360,9 @@ class TrainingWorker:
         if diverged and not ended["files"]:
             raise Diverged("the training diverged at once: loss or gradients were not finite")
         await handle.stage(Stage.UPLOADING, "storing the model")
-        files: dict[str, Blob] = {}
-        for number, file in enumerate(ended["files"]):
-            _tell_uploading(handle, number, len(ended["files"]))
-            files[file["path"]] = await self._storage.upload_file(
-                handle.project_id, Path(file["file"]), media_type_of(file["path"])
-            )
-        exports = []
-        for name, file in ended.get("other_formats", {}).items():
-            blob = await self._storage.upload_file(handle.project_id, Path(file), media_type_of(file))
-            exports.append(model_export(name, file, blob))
+        files, exports = await store_files(
+            self._storage, handle.project_id, ended, partial(_tell_uploading, handle)
+        )
         note = f"training diverged; these are its weights after {ended['step']} updates" if diverged else ""
         lineage = lineage_of(handle.job_id, spec, prepared, ended, self._process.device)
         manifest = model_manifest(model.manifest, model.manifest_key, files, spec, lineage, note, exports)
@@ -395,6 +396,52 @@ class TrainingWorker:
         return str(model.manifest_key)
 
 
+class Beside:
+    """What is stored beside one training while it goes on.
+
+    Args:
+        storage: where it goes.
+        handle: the job.
+        base: the model that the training begins with.
+        process: the training.
+        folder: of the job's files.
+        document: of the checkpoint that the training goes on from; empty: there is none.
+
+    Attributes:
+        previews: pictures of the model that trains.
+        versions: models of some of its checkpoints.
+        checkpoints: all that another attempt needs, what is known of the other two among it.
+    """
+
+    def __init__(
+        self,
+        storage: StorageClient,
+        handle: JobHandle,
+        base: FetchedModel,
+        process: TrainingProcess,
+        folder: Path,
+        document: Mapping[str, Any],
+    ) -> None:
+        before = handle.checkpoint_ref.manifest_key if handle.checkpoint_ref else ""
+        self.previews = PreviewUploads(storage, handle, from_document(document))
+        self.versions = VersionUploads(storage, handle, base, process, folder / "versions")
+        self.checkpoints = CheckpointUploads(storage, handle, folder / "upload", before, self._known)
+
+    async def _known(self) -> dict[str, Any]:
+        await self.previews.drain()
+        return {DOCUMENT: as_document(self.previews.stored), **self.versions.as_document()}
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Stores what is added for the length of the block."""
+        async with (
+            running(self.previews.run()),
+            running(self.versions.run()),
+            running(self.checkpoints.run()),
+        ):
+            yield
+
+
 def progress_of(event: Event) -> Progress:
     """The numbers of a `progress` event; the api knows the share of the whole."""
     progress = Progress(
@@ -414,6 +461,17 @@ def progress_of(event: Event) -> Progress:
 
 def _tell_uploading(handle: JobHandle, done: int, total: int) -> None:
     handle.progress(Progress(stage=JobStage.JOB_STAGE_UPLOADING, step=done, total_steps=total))
+
+
+async def first_of(*works: Coroutine[Any, Any, Any]) -> None:
+    """Waits for the first of several to end; the others are given up."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

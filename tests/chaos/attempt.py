@@ -135,6 +135,9 @@ class Watcher:
     def checkpoint_saved(self, folder: Path, step: int) -> None:
         self._courier.add(folder, step)
 
+    def version_saved(self, folder: Path, step: int) -> None:
+        pass
+
     def preview_drawn(self, preview: Preview) -> None:
         pass
 

@@ -136,7 +136,7 @@ def train(run: Run, observer: Observer) -> Outcome:
     state = loop.publish_state() if ending is Ending.TRAINED else {}
     loop.let_go()
     with times.of("exporting"), loop.average.in_place():
-        exported = export(run, model, concepts[0].instance_pictures[0].prompt)
+        exported = export(run, model)
     report = {
         "seed": spec.seed,
         "steps": step,

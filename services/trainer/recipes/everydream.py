@@ -144,7 +144,7 @@ def train(run: Run, observer: Observer) -> Outcome:
     state = loop.publish_state() if ending is Ending.TRAINED else {}
     loop.let_go()
     with times.of("exporting"), loop.average.in_place():
-        exported = export(run, model, written_caption(pictures[0]))
+        exported = export(run, model)
     report = {
         "seed": spec.seed,
         "steps": step,

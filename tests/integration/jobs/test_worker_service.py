@@ -106,6 +106,19 @@ async def test_previews_are_news_with_their_names_and_pictures(platform: MemoryP
     ]
 
 
+async def test_a_version_of_a_model_is_news_with_its_name(platform: MemoryPlatform) -> None:
+    record = await put_training(platform)
+    async with serving(platform, JobKind.TRAIN) as api, worker(api) as client:
+        [job] = await client.take(1)
+        for model, step in (("t-step-000250", 0), ("../t", 250), ("", 250)):
+            with pytest.raises(InvalidSpec, match="must name a model and its updates"):
+                await job.version(model, step)
+        await job.version("t-step-000250", 250)
+    told = await newest(platform, record)
+    assert (told.event, told.reported) == (True, 1)
+    assert told.why == "published after 250 updates as t-step-000250"
+
+
 async def test_the_record_names_the_memory_of_the_device_that_has_the_job(platform: MemoryPlatform) -> None:
     record = await put_training(platform)
     async with (

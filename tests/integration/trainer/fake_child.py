@@ -46,8 +46,25 @@ def preview(folder: Path) -> dict[str, Any]:
     return {"event": "preview", "file": str(folder / name), "name": name, **place}
 
 
+def publish(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
+    """Makes a version of a checkpoint, whose file says which update it is of."""
+    folder = Path(command["workdir"])
+    folder.mkdir(parents=True)
+    link.emit({"event": "stage", "stage": "exporting", "detail": ""})
+    if scenario == "cannot publish":
+        failure = {"reason": "EXPORT_MISMATCH", "message": "it draws otherwise", "field": ""}
+        link.emit({"event": "failed", "retryable": True, **failure})
+        return
+    made = ended("trained", folder)
+    Path(made["files"][0]["file"]).write_text((Path(command["checkpoint"]) / "state.json").read_text())
+    link.emit(made)
+
+
 def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
     folder = Path(command["workdir"])
+    if command["command"] == "publish":
+        publish(link, scenario, command)
+        return
     if scenario == "is deaf":
         time.sleep(600)
     failure = {"reason": "BAD_INPUT", "message": "the model is broken", "field": "base_model"}
@@ -60,6 +77,10 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
         time.sleep(600)
     if scenario == "tells of a preview that is not there":
         link.emit(preview(folder))
+    if scenario in ("publishes", "cannot publish"):
+        checkpoint = save_checkpoint(folder, 3)
+        link.emit({**checkpoint, "event": "version"})
+        link.emit(checkpoint)
     if scenario == "saves and ends":
         link.emit(save_checkpoint(folder, 3))
     if scenario == "dies":
@@ -76,6 +97,8 @@ def work(link: ParentLink, scenario: str, command: dict[str, Any]) -> None:
         for step in range(1, TOTAL * 100):
             link.emit(progress(step))
             time.sleep(0.02)
+    elif scenario == "tells what is missing":
+        link.emit({**ended("trained", folder), "warnings": [str(command["version_is_missing"])]})
     elif scenario == "tells its start":
         files = sorted(Path(command["start_from"]).iterdir())
         told = [f"{file.name}: {file.read_text()}" for file in files]

@@ -155,6 +155,7 @@ class Platform:
         silence_s: dict[str, float] | None = None,
         checkpoint_interval_s: float = 3600.0,
         grace_s: float = 60.0,
+        one_job_within_s: float = 0.0,
     ) -> AsyncIterator["RunningWorker"]:
         """A worker that takes jobs until the block ends."""
         cache = BlobCache(self.folder / "cache", 10**9)
@@ -177,6 +178,7 @@ class Platform:
                 checkpoint_interval_s=checkpoint_interval_s,
                 grace_s=grace_s,
                 outage_pause_s=0.1,
+                one_job_within_s=one_job_within_s,
             )
             stopping = asyncio.Event()
             running_worker = RunningWorker(process, stopping, asyncio.create_task(worker.run(stopping)))
@@ -197,9 +199,24 @@ class RunningWorker:
 
 
 @asynccontextmanager
-async def open_platform(folder: Path, models: Path | None = None) -> AsyncIterator[Platform]:
-    """Storage and api on free ports; `models` is a catalogue, imported before the block begins."""
-    settings = StorageSettings(home=folder / "home", storage_addr="127.0.0.1:0", models=models)
+async def open_platform(
+    folder: Path, models: Path | None = None, reachable: str = "", **storage_settings: Any
+) -> AsyncIterator[Platform]:
+    """Storage and api on free ports.
+
+    Args:
+        folder: for all files.
+        models: a catalogue, imported before the block begins.
+        reachable: private networks that storage may fetch from.
+        storage_settings: further settings of storage.
+    """
+    settings = StorageSettings(
+        home=folder / "home",
+        storage_addr="127.0.0.1:0",
+        models=models,
+        egress_allow=reachable,
+        **storage_settings,
+    )
     api = ScriptedApi()
     server = GrpcServer("127.0.0.1:0", grace_s=0.1)
     server.add(

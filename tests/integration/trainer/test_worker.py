@@ -33,8 +33,11 @@ def single_threaded_children(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def platform(tmp_path: Path) -> AsyncIterator[Platform]:
-    async with open_platform(tmp_path) as opened:
+async def platform(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Platform]:
+    settings = {}
+    if getattr(request, "param", "folder") == "bucket":
+        settings = request.getfixturevalue("bucket_server").storage_settings(s3_direct_bytes=1)
+    async with open_platform(tmp_path, **settings) as opened:
         yield opened
 
 
@@ -74,6 +77,7 @@ def spec_of(**changes: int) -> training.TrainingSpec:
     return spec
 
 
+@pytest.mark.parametrize("platform", ["folder", "bucket"], indirect=True)
 async def test_a_training_is_fetched_trained_stored_and_registered(
     platform: Platform, pictures: tuple[list[Path], list[Path]], tiny_model_dir: Path
 ) -> None:

@@ -149,6 +149,7 @@ class Recorder:
     updates: list[Progress] = field(default_factory=list)
     saved: list[tuple[Path, int]] = field(default_factory=list)
     previews: list[Preview] = field(default_factory=list)
+    versions: list[tuple[Path, int]] = field(default_factory=list)
 
     def stage(self, stage: Stage, detail: str = "") -> None:
         self.stages.append(stage)
@@ -159,6 +160,9 @@ class Recorder:
 
     def checkpoint_saved(self, folder: Path, step: int) -> None:
         self.saved.append((folder, step))
+
+    def version_saved(self, folder: Path, step: int) -> None:
+        self.versions.append((folder, step))
 
     def preview_drawn(self, preview: Preview) -> None:
         self.previews.append(preview)

@@ -60,6 +60,7 @@ PROOFS: Final[Mapping[str, str]] = {
     "save_optimizer": "test_save_optimizer_publishes_a_state_that_another_training_goes_on_from",
     "preview_prompts": "test_previews_are_drawn_of_each_prompt_at_their_updates_and_at_the_end",
     "preview_steps": "test_previews_are_drawn_of_each_prompt_at_their_updates_and_at_the_end",
+    "publish_every_minutes": "test_publish_every_minutes_makes_models_of_unfinished_weights_and_changes_none",
     "save_full_precision": "test_save_full_precision_sets_the_type_of_the_published_weights",
 }
 

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from likeness.training.v1 import training_job_pb2 as pb
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from services.diffusion.loading import load_components
 from services.trainer import needs
@@ -120,6 +123,58 @@ def test_each_setting_moves_the_guess_its_way(
         memory(run_of(bench, stable_diffusion, **changes)),
     )
     assert (changed > 1.05 * plain) if larger else (changed < 0.95 * plain)
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the most bytes that results of the library had at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = self.most = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages.add(key)
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.bytes -= size
+
+
+@torch.no_grad()
+def test_a_decoded_preview_is_counted_at_what_the_decoder_holds(stable_diffusion: Path) -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(VAE)
+        latents = torch.empty(1, 4, 64, 64)
+    with Live() as live:
+        vae.decode(latents)
+    sizes = needs._sizes(stable_diffusion)
+    assert sizes.decoder_bytes_per_pixel * 512 * 512 == pytest.approx(live.most, rel=0.1)
+
+
+def test_previews_of_a_lora_at_a_large_size_need_the_memory_to_decode_them(
+    bench: Bench, stable_diffusion: Path
+) -> None:
+    lora = {"method": pb.TRAINING_METHOD_LORA, "lora": pb.LoraSettings(rank=4, alpha=4)}
+    small = {**lora, "gradient_checkpointing": True, "with_prior_preservation": False}
+    plain = memory(run_of(bench, stable_diffusion, **small))
+    drawn = memory(run_of(bench, stable_diffusion, **small, preview_prompts=["a dog"]))
+    assert drawn - plain > GIB // 4
+    large = memory(run_of(bench, stable_diffusion))
+    assert memory(run_of(bench, stable_diffusion, preview_prompts=["a dog"])) == large, "a pass needs more"
 
 
 def test_too_little_memory_names_a_plan_that_needs_less(

@@ -69,7 +69,6 @@ def test_what_only_captioned_training_does_is_refused_by_dreambooth(field: str, 
 
 
 REFUSED_VALUES: dict[str, Any] = {
-    "publish_every_minutes": 1.0,
     "bucket_upload": pb.BucketUpload(bucket="b"),
     "subject_crop": pb.SUBJECT_CROP_CENTER,
     "sandbox": True,

@@ -85,14 +85,13 @@ TRAIN = (
         _MIXED_PRECISION,
     ),
     integer("batch_size", "train_batch_size", 1, 32, 2, "Pictures in one forward pass."),
-    # The endpoint's page says 20. Trainings here can be resumed from each minute, and publish finished models only.
     integer(
         "ckpt_every_n_minutes",
         "publish_every_minutes",
         0,
         _MOST_STEPS,
-        0,
-        "Minutes between published checkpoints; 0, all that is carried out so far: the finished model only.",
+        20,
+        "Minutes of training between two models of its present weights; 0: the finished model only.",
     ),
     number(
         "clip_grad_norm",
