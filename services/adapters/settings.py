@@ -345,6 +345,12 @@ class InferenceWorkerSettings(WorkerSettings, InferenceAddress):
         unit="bytes",
         ge=0,
     )
+    adapter_memory_bytes: int = setting(
+        1 << 30,
+        "Parsed LoRAs that stay in the machine's memory, so that they are not read anew.",
+        unit="bytes",
+        ge=0,
+    )
 
 
 class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelSettings):

@@ -6,7 +6,7 @@ that one seed means one picture on every device and beside every neighbour.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from likeness.inference.v1 import generation_job_pb2 as pb
 from PIL import Image
 from torch import Tensor
 
+from services.diffusion.embeddings import Embedding
 from services.diffusion.init_images import InitImage, in_float32
 from services.diffusion.loading import Components
 from services.diffusion.prompts import encode, tokenize
@@ -170,10 +171,16 @@ def guide(prediction: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     return rescale * guided * ratio + (1 - rescale) * guided
 
 
-def encode_context(components: Components, drawing: Drawing) -> Tensor:
-    """What the UNet attends to: [1, n, d], or with guidance [2, n, d], the negative prompt first."""
+def encode_context(components: Components, drawing: Drawing, embeddings: Sequence[Embedding] = ()) -> Tensor:
+    """What the UNet attends to: [1, n, d], or with guidance [2, n, d], the negative prompt first.
+
+    Args:
+        components: the model.
+        drawing: has the prompts.
+        embeddings: words that the prompts may use beside the model's own.
+    """
     prompts = [drawing.negative_prompt, drawing.prompt] if drawing.is_guided else [drawing.prompt]
-    tokens = tokenize(components.tokenizer, prompts, components.model_max_length)
+    tokens = tokenize(components.tokenizer, prompts, components.model_max_length, embeddings=embeddings)
     return encode(components.text_encoder, tokens, drawing.clip_skip).to(components.dtype)
 
 

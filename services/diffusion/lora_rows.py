@@ -23,10 +23,10 @@ from services.domain.errors import BadInput
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLora:
-    """A LoRA in host memory, all matrices in one buffer, so that one copy brings it to a device.
+    """A LoRA in host memory, all matrices in one buffer, so that one copy brings a part of it to a device.
 
     Attributes:
-        buffer: [numbers], in the precision that the device computes with.
+        buffer: [numbers], part after part, in the precision that the device computes with.
         weights: the matrices, views of the buffer; alpha / r is multiplied into B, so that each one's scale is 1.
     """
 
@@ -49,7 +49,9 @@ def pack(weights: LoraWeights, dtype: torch.dtype) -> PackedLora:
     Raises:
         BadInput: a number is too large for that precision.
     """
-    pairs = {name: (factors.a, factors.b * factors.scale) for name, factors in weights.modules.items()}
+    pairs = {
+        name: (factors.a, factors.b * factors.scale) for name, factors in sorted(weights.modules.items())
+    }
     buffer = torch.empty(sum(a.numel() + b.numel() for a, b in pairs.values()), dtype=dtype)
     start, modules = 0, {}
     for name, pair in pairs.items():
@@ -90,16 +92,19 @@ def fit(model: nn.Module, lora: PackedLora, part: Part) -> FittedLora:
     found = matching_modules(model, lora.weights, part)
     if not found:
         return FittedLora(model, {})
-    buffer = lora.buffer.to(next(iter(found.values())).weight.device)
+    factors_of = {name: lora.weights.modules[name] for name in found}
+    start = min(factors.a.storage_offset() for factors in factors_of.values())
+    end = max(factors.b.storage_offset() + factors.b.numel() for factors in factors_of.values())
+    buffer = lora.buffer[start:end].to(next(iter(found.values())).weight.device)
 
     def moved(matrix: Tensor) -> Tensor:
-        return buffer.as_strided(matrix.size(), matrix.stride(), matrix.storage_offset())
+        place = matrix.storage_offset() - start
+        return buffer[place : place + matrix.numel()].view(matrix.shape)
 
     matrices = {}
     for name, module in found.items():
-        factors = lora.weights.modules[name]
-        a = moved(factors.a)
-        matrices[module] = (a if _has_kernel(module) else a.flatten(1), moved(factors.b).flatten(1))
+        a, b = moved(factors_of[name].a), moved(factors_of[name].b)
+        matrices[module] = (a if _has_kernel(module) else a.flatten(1), b.flatten(1))
     return FittedLora(model, matrices)
 
 

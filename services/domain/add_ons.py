@@ -1,6 +1,11 @@
-"""What may be added to a model for one request: which registered models are LoRAs, and which models they suit."""
+"""What may be added to a model for one request: which registered models are LoRAs or embeddings, and for whom."""
 
-from likeness.storage.v1.model_pb2 import MODEL_FORMAT_LORA, ModelComponent, ModelManifest
+from likeness.storage.v1.model_pb2 import (
+    MODEL_FORMAT_EMBEDDING,
+    MODEL_FORMAT_LORA,
+    ModelComponent,
+    ModelManifest,
+)
 
 from services.domain.artifacts import newest_adapter
 from services.domain.errors import NotFound
@@ -13,11 +18,20 @@ def lora_fault(lora: ModelManifest, model: ModelManifest) -> str:
         lora: what was named as a LoRA.
         model: what is drawn with. Where the family of one of the two is unknown, the matrices' shapes decide later.
     """
-    if lora.format != MODEL_FORMAT_LORA or not newest_adapter([file.path for file in lora.components]):
-        return "is not a LoRA"
-    if lora.family and model.family and lora.family != model.family:
-        return f"is a LoRA for models of the family {lora.family}, not {model.family}"
-    return ""
+    is_lora = lora.format == MODEL_FORMAT_LORA and newest_adapter([file.path for file in lora.components])
+    return _family_fault("a LoRA", lora, model) if is_lora else "is not a LoRA"
+
+
+def embedding_fault(embedding: ModelManifest, model: ModelManifest) -> str:
+    """Why a registered model is no embedding for pictures of another; "": it is one. As :func:`lora_fault`."""
+    is_embedding = embedding.format == MODEL_FORMAT_EMBEDDING and len(embedding.components) == 1
+    return _family_fault("an embedding", embedding, model) if is_embedding else "is not an embedding"
+
+
+def _family_fault(kind: str, add_on: ModelManifest, model: ModelManifest) -> str:
+    if not add_on.family or not model.family or add_on.family == model.family:
+        return ""
+    return f"is {kind} for models of the family {add_on.family}, not {model.family}"
 
 
 def adapter_of(lora: ModelManifest) -> ModelComponent:

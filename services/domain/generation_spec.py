@@ -35,10 +35,6 @@ ENUMS = ("scheduler", "solver_algorithm", "safety_action", "image_format", "long
 UNOFFERED_SCHEDULERS = frozenset({pb.SCHEDULER_IPNDM, pb.SCHEDULER_KARRAS_VE, pb.SCHEDULER_SCORE_SDE_VE})
 """Schedulers that the message can name and `services/diffusion/samplers.py` does not have."""
 UNOFFERED: tuple[tuple[str, Callable[[pb.GenerationSpec], Any]], ...] = (
-    ("init_image_key", lambda spec: spec.init_image_key),
-    ("mask_image_key", lambda spec: spec.mask_image_key),
-    ("loras", lambda spec: spec.loras),
-    ("embeddings", lambda spec: spec.embeddings),
     ("vae", lambda spec: spec.vae),
     ("self_attention_scale", lambda spec: spec.self_attention_scale > 0),
     ("panorama", lambda spec: spec.panorama),

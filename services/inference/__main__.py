@@ -60,6 +60,7 @@ def _child_arguments(settings: InferenceWorkerSettings) -> list[str]:
         f"--cpu-threads={settings.cpu_threads}",
         f"--batch-cap={settings.batch_cap}",
         f"--model-memory-bytes={settings.model_memory_bytes}",
+        f"--adapter-memory-bytes={settings.adapter_memory_bytes}",
     ]
 
 

@@ -1,4 +1,7 @@
-"""LoRAs of requests: parsed once, kept in host memory up to a budget, fitted to the model that a request draws with."""
+"""What requests add to the model that they draw with: LoRAs and embeddings, checked against that model.
+
+LoRAs are parsed once and kept in host memory up to a budget; embeddings are small and read each time.
+"""
 
 import weakref
 from collections import OrderedDict
@@ -10,6 +13,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from services.diffusion.embeddings import Embedding, read_embedding
 from services.diffusion.loading import Components
 from services.diffusion.lora import Part
 from services.diffusion.lora_files import read_lora
@@ -109,6 +113,45 @@ class AdapterStore:
         while self._packed and self.used_bytes > self._budget_bytes:
             self._packed.popitem(last=False)
         return packed
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingFile:
+    """An embedding that a request wants.
+
+    Attributes:
+        name: what the request calls it, for errors; its word where neither `token` nor the file says one.
+        path: the file.
+        token: its word; empty: the file's own.
+        negative: its word belongs into the negative prompt.
+    """
+
+    name: str
+    path: Path
+    token: str = ""
+    negative: bool = False
+
+
+def embeddings_for(components: Components, files: Sequence[EmbeddingFile]) -> list[Embedding]:
+    """Read a request's embeddings.
+
+    Raises:
+        BadInput: naming the one that cannot be read, or was made for a text encoder of another width.
+    """
+    width = components.text_encoder.config.hidden_size
+    found = []
+    for file in files:
+        try:
+            one = read_embedding(file.path, file.token, otherwise=file.name, negative=file.negative)
+        except BadInput as error:
+            raise BadInput(f"'{file.name}': {error}", "embeddings") from error
+        if one.vectors.shape[1] != width:
+            raise BadInput(
+                f"'{file.name}' was made for text encoders of width {one.vectors.shape[1]}, this model's has {width}",
+                "embeddings",
+            )
+        found.append(one)
+    return found
 
 
 def _effective(worn: Worn) -> Worn:

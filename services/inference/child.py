@@ -33,16 +33,18 @@ from services.diffusion.devices import (
 )
 from services.diffusion.loading import Components, quiet_libraries
 from services.domain.errors import InvalidSpec, public_text, row_of
+from services.inference.adapters import AdapterStore, EmbeddingFile, LoraFile, embeddings_for
 from services.inference.engine import Engine
 from services.inference.model_cache import ModelCache, ModelFiles
-from services.inference.slot import Slot, drawings_of, open_slots, truncation_warnings
-from services.inference.stages import finish
+from services.inference.slot import Slot, drawings_of, open_slots, truncation_warnings, worded
+from services.inference.stages import finish, init_image_of
 
 _log = logging.getLogger(__name__)
 _PROGRESS_PAUSE_S = 0.1
 _ALIVE_S = 2.0
 _CPU_BUDGET_BYTES = 8 * 1024**3
 _DEVICE_SHARE = 0.6
+DEFAULT_ADAPTER_BYTES = 1 << 30
 
 Event = Mapping[str, Any]
 
@@ -70,12 +72,16 @@ class DrawingSession:
         emit: sends an event to the parent.
         engine: draws.
         models: loads.
+        adapters: parses LoRAs.
     """
 
-    def __init__(self, emit: Callable[[Event], None], engine: Engine, models: ModelCache) -> None:
+    def __init__(
+        self, emit: Callable[[Event], None], engine: Engine, models: ModelCache, adapters: AdapterStore
+    ) -> None:
         self._emit = emit
         self._engine = engine
         self._models = models
+        self._adapters = adapters
         self._requests: dict[str, _Request] = {}
 
     @property
@@ -118,8 +124,13 @@ class DrawingSession:
             self._emit_failure(job, error)
             return
         try:
-            slots = open_slots(job, files.digest, components, drawings)
-            warnings = truncation_warnings(components, drawings[0])
+            loras = self._adapters.fitted(components, _lora_files(command))
+            embeddings = embeddings_for(components, _embedding_files(command))
+            drawings = worded(drawings, embeddings)
+            init_image = init_image_of(components, drawings[0], command.get("pictures", {}))
+            unet = files.parts.get("unet", files.digest)
+            slots = open_slots(job, unet, components, drawings, loras, init_image, embeddings)
+            warnings = truncation_warnings(components, drawings[0], embeddings)
         except Exception as error:
             self._models.release(files.digest)
             self._emit_failure(job, error)
@@ -256,6 +267,20 @@ def _model_files(model: Mapping[str, Any]) -> ModelFiles:
     return ModelFiles(str(model["digest"]), Path(model["folder"]), dict(model["parts"]))
 
 
+def _lora_files(command: Mapping[str, Any]) -> list[LoraFile]:
+    return [
+        LoraFile(str(lora["name"]), str(lora["digest"]), Path(lora["path"]), float(lora["strength"]))
+        for lora in command.get("loras", ())
+    ]
+
+
+def _embedding_files(command: Mapping[str, Any]) -> list[EmbeddingFile]:
+    return [
+        EmbeddingFile(str(one["name"]), Path(one["path"]), str(one["token"]), bool(one["negative"]))
+        for one in command.get("embeddings", ())
+    ]
+
+
 def _reraise_if_fatal(error: Exception) -> None:
     if isinstance(error, torch.AcceleratorError) and as_device_memory_error(error) is None:
         raise error
@@ -267,6 +292,7 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--cpu-threads", type=int, default=0)
     parser.add_argument("--batch-cap", type=int, default=1)
     parser.add_argument("--model-memory-bytes", type=int, default=0)
+    parser.add_argument("--adapter-memory-bytes", type=int, default=DEFAULT_ADAPTER_BYTES)
     return parser.parse_args(words)
 
 
@@ -279,8 +305,10 @@ def main() -> None:
     use_cpu_threads(arguments.cpu_threads)
     device = pick_device(arguments.device)
     budget = memory_budget_bytes(device, arguments.model_memory_bytes)
-    models = ModelCache(budget, device, inference_dtype(device))
-    session = DrawingSession(link.emit, Engine(arguments.batch_cap), models)
+    dtype = inference_dtype(device)
+    models = ModelCache(budget, device, dtype)
+    adapters = AdapterStore(arguments.adapter_memory_bytes, dtype)
+    session = DrawingSession(link.emit, Engine(arguments.batch_cap), models, adapters)
     link.emit({"event": "ready", "device": device_name(device), "memory_bytes": device_memory_bytes(device)})
     commands: queue.Queue[Mapping[str, Any]] = queue.Queue()
     reader = threading.Thread(target=_pass_on, args=(link, commands), name="reader", daemon=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from services.diffusion.devices import as_device_memory_error
 from services.diffusion.drawing import guide, predict
+from services.diffusion.lora_rows import LoraRows
 from services.inference.slot import Slot
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Engine:
         self._slots: list[Slot] = []
         self._batch_cap = batch_cap
         self._ticks = 0
+        self._loras = LoraRows(())
 
     @property
     def is_idle(self) -> bool:
@@ -81,6 +83,8 @@ class Engine:
         self._run(batch, result)
         leaving = {id(slot) for slot in result.finished} | {id(slot) for slot, _ in result.failed}
         self._slots = [slot for slot in self._slots if id(slot) not in leaving]
+        if not self._slots:
+            self._loras = LoraRows(())
         return result
 
     def _next_batch(self) -> list[Slot]:
@@ -91,7 +95,10 @@ class Engine:
     def _run(self, batch: list[Slot], result: Tick) -> None:
         started = time.perf_counter()
         try:
-            prediction = predict(batch[0].components, [slot.row for slot in batch], _batched_context(batch))
+            with self._loras_of(batch).worn():
+                prediction = predict(
+                    batch[0].components, [slot.row for slot in batch], _batched_context(batch)
+                )
         except torch.AcceleratorError:
             raise  # The device's context is broken: only a new process helps.
         except Exception as error:
@@ -102,6 +109,14 @@ class Engine:
         share_s = (time.perf_counter() - started) / len(batch)
         for slot in batch:
             slot.device_s += share_s
+
+    def _loras_of(self, batch: list[Slot]) -> LoraRows:
+        """What the rows of the batch wear; stacked anew only when that differs from the tick before."""
+        rows = tuple(slot.loras for slot in batch) * batch[0].key.branches
+        if rows != self._loras.rows:
+            self._loras = LoraRows(())  # gives its memory back before the new ones take theirs
+            self._loras = LoraRows(rows)
+        return self._loras
 
     def _handle(self, error: Exception, batch: list[Slot], result: Tick) -> None:
         memory_error = as_device_memory_error(error)

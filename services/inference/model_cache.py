@@ -1,7 +1,7 @@
 """Models in the device's memory: loaded once, shared by parts, the least recently used leave first.
 
 A fine-tune usually changes the UNet and the text encoder only; its VAE is the very object its base has loaded,
-because parts are found by the digests of their files.
+because parts are found by the digests of their files. A model that was trained as a LoRA is its base here.
 """
 
 import logging
@@ -16,7 +16,9 @@ import torch
 from services.diffusion.loading import Components, open_model
 
 _log = logging.getLogger(__name__)
-_WEIGHTED_PARTS = ("unet", "vae", "text_encoder")
+_SHARED_PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+MAX_MODELS = 256
+"""Models that are kept however little memory they take: thousands of LoRAs may share the parts of one base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class ModelFiles:
 
 @dataclass(slots=True)
 class _Part:
-    """A loaded module, and the bytes of its weights."""
+    """A loaded module or tokenizer, and the bytes of its weights."""
 
     module: Any
     size_bytes: int
@@ -110,14 +112,15 @@ class ModelCache:
         self._models[files.digest] = (components, keys)
 
     def _loaded(self, files: ModelFiles) -> tuple[Components, dict[str, str]]:
-        folder = open_model(files.folder, self._dtype, self._device)
-        keys = {part: f"{part}:{files.parts.get(part, files.digest)}" for part in _WEIGHTED_PARTS}
+        # LoRAs in the folder are worn by the pictures (`adapters`), so that the weights stay those of the base.
+        folder = open_model(files.folder, self._dtype, self._device, merges_adapters=False)
+        keys = {part: f"{part}:{files.parts.get(part, files.digest)}" for part in _SHARED_PARTS}
         try:
             components = Components(
                 unet=self._part(keys["unet"], folder.load_unet),
                 vae=self._part(keys["vae"], folder.load_vae),
                 text_encoder=self._part(keys["text_encoder"], folder.load_text_encoder),
-                tokenizer=folder.load_tokenizer(),
+                tokenizer=self._part(keys["tokenizer"], folder.load_tokenizer),
                 scheduler_config=folder.scheduler_config(),
             )
         except Exception:
@@ -128,13 +131,14 @@ class ModelCache:
     def _part(self, key: str, load: Callable[[], Any]) -> Any:
         if key not in self._parts:
             module = load()
-            size = sum(tensor.nbytes for tensor in module.state_dict().values())
+            weights = module.state_dict().values() if isinstance(module, torch.nn.Module) else ()
+            size = sum(tensor.nbytes for tensor in weights)
             self._parts[key] = _Part(module, size)
         return self._parts[key].module
 
     def _shrink(self) -> None:
         for digest in self.held:
-            if self.used_bytes <= self._budget_bytes:
+            if self.used_bytes <= self._budget_bytes and len(self._models) <= MAX_MODELS:
                 return
             self.evict(digest)
 

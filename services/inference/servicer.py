@@ -1,5 +1,6 @@
 """InferenceService over gRPC: thin above the job core. Resolves what is asked for, and shows records as drawings."""
 
+import contextlib
 import secrets
 from collections.abc import AsyncIterator, Collection
 from typing import Protocol
@@ -9,9 +10,12 @@ from likeness.inference.v1 import inference_service_pb2 as pb
 from likeness.inference.v1.generation_job_pb2 import GenerationJob, GenerationSpec
 from likeness.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from likeness.job.v1.job_pb2 import JobState as WireState
+from likeness.storage.v1.artifact_pb2 import Dataset
 from likeness.storage.v1.model_pb2 import Model
+from likeness.training.v1.training_job_pb2 import ArtifactKeys, ImageSource
 
-from services.domain.errors import InvalidSpec, NotFound
+from services.domain.add_ons import embedding_fault, lora_fault
+from services.domain.errors import BadInput, InvalidSpec, NotFound, Violation
 from services.domain.generation_spec import RANDOM_SEED_LIMIT, check_offered, resolve_generation_spec
 from services.domain.job import JobKind, JobRef
 from services.domain.ports import Revision
@@ -19,15 +23,26 @@ from services.jobs.admission import Application
 from services.jobs.core import JobCore
 from services.jobs.views import queue_status, states_of
 
+PICTURE_FIELDS = ("init_image_key", "mask_image_key")
+"""Fields of a specification that name pictures."""
+
 
 class Models(Protocol):
-    """What admission needs of the model registry."""
+    """What admission needs of storage: the model registry, and pictures."""
 
     async def get_model(self, project: str, model: str = "") -> Model:
         """A model of the project or of the catalogue.
 
         Raises:
             NotFound: there is none.
+        """
+        ...
+
+    async def import_dataset(self, project: str, source: ImageSource) -> Dataset:
+        """Stored pictures, checked and made uniform.
+
+        Raises:
+            BadInput: one is not there, is not the project's, or cannot be read.
         """
         ...
 
@@ -48,7 +63,7 @@ class InferenceServicer(InferenceServiceServicer):
     async def CreateGenerationJob(
         self, request: pb.CreateGenerationJobRequest, context: grpc.aio.ServicerContext
     ) -> pb.CreateGenerationJobResponse:
-        """Stores a drawing and answers at once; the model's weights and the seed are settled here."""
+        """Stores a drawing and answers at once; its weights, pictures and seed are settled here."""
         spec = resolve_generation_spec(request.spec)
         faults = check_offered(spec)
         if faults:
@@ -61,15 +76,45 @@ class InferenceServicer(InferenceServiceServicer):
         model = await self._model(request.project_id, spec.model)
         spec = resolve_generation_spec(spec, model.manifest.native_size_px)
         spec.model_digest = model.manifest_digest
+        await self._settle_add_ons(request.project_id, spec, model)
+        for field in PICTURE_FIELDS:
+            if getattr(spec, field):
+                setattr(spec, field, await self._uniform(request.project_id, getattr(spec, field), field))
         if not spec.HasField("seed"):
             spec.seed = secrets.randbelow(RANDOM_SEED_LIMIT)
         return await self._core.admission.admit(_application(request, spec))
+
+    async def _settle_add_ons(self, project: str, spec: GenerationSpec, model: Model) -> None:
+        """Fixes the weights of LoRAs and embeddings, as those of the model."""
+        kinds = {"loras": (spec.loras, lora_fault), "embeddings": (spec.embeddings, embedding_fault)}
+        faults = []
+        for field, (entries, fault_of) in kinds.items():
+            for index, entry in enumerate(entries):
+                fault = "does not exist"
+                with contextlib.suppress(NotFound):
+                    found = await self._models.get_model(project, entry.model)
+                    entry.model_digest = found.manifest_digest
+                    fault = fault_of(found.manifest, model.manifest)
+                if fault:
+                    faults.append(Violation(f"{field}[{index}].model", f"'{entry.model}' {fault}"))
+        if faults:
+            raise InvalidSpec(faults)
 
     async def _model(self, project: str, name: str) -> Model:
         try:
             return await self._models.get_model(project, name)
         except NotFound as error:
             raise NotFound(f"there is no model '{name}'") from error
+
+    async def _uniform(self, project: str, key: str, field: str) -> str:
+        """The key of a picture as a PNG that storage has decoded, so that no worker reads what users wrote."""
+        source = ImageSource(artifacts=ArtifactKeys(keys=[key]), field=field)
+        try:
+            dataset = await self._models.import_dataset(project, source)
+        except InvalidSpec as error:
+            rules = "; ".join(violation.rule for violation in error.violations)
+            raise BadInput(f"is not a picture that can be used ({rules})", field) from error
+        return dataset.images[0].key
 
     async def GetGenerationJob(
         self, request: pb.GetGenerationJobRequest, context: grpc.aio.ServicerContext

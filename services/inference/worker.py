@@ -11,20 +11,22 @@ import hashlib
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
 from likeness.inference.v1 import generation_job_pb2 as pb
 from likeness.job.v1.job_pb2 import JobStage, Progress
-from likeness.storage.v1.model_pb2 import ModelComponent, ModelFormat
+from likeness.storage.v1.model_pb2 import ModelComponent, ModelFormat, ModelManifest
 
 from services.adapters.blob_cache import BlobCache, FetchedModel
 from services.adapters.child_process import ChildDied
 from services.adapters.storage_client import StorageClient
 from services.adapters.telemetry import bound, continued_trace
-from services.domain.artifacts import digest_of_key
+from services.domain.add_ons import adapter_of, embedding_fault, lora_fault
+from services.domain.artifacts import SINGLE_FILE_CONFIG, SINGLE_FILE_NAME, digest_of_key, is_adapter
 from services.domain.errors import OUTAGES, BadInput, Internal, InvalidSpec, StaleEpoch, row_of
 from services.domain.job import JobFailure, Stage
 from services.inference.device_process import DeviceProcess, Event
@@ -56,6 +58,26 @@ class DrawingFailed(Exception):
         super().__init__(failure.message)
         self.failure = failure
         self.retryable = retryable
+
+
+@dataclass(frozen=True, slots=True)
+class LentLora:
+    """A LoRA as the child's `draw` command names it: an entry of `loras`."""
+
+    name: str
+    digest: str
+    path: str
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class LentEmbedding:
+    """An embedding as the child's `draw` command names it: an entry of `embeddings`."""
+
+    name: str
+    path: str
+    token: str
+    negative: bool
 
 
 class ModelShelf:
@@ -94,6 +116,42 @@ class ModelShelf:
         finally:
             self._users[digest] -= 1
             await self._tidy()
+
+    @contextlib.asynccontextmanager
+    async def lent_lora(
+        self, project: str, wanted: pb.LoraWeight, model: ModelManifest
+    ) -> AsyncIterator[LentLora]:
+        """A LoRA's file, for as long as the context lasts, to be worn by pictures of a model.
+
+        Args:
+            project: who asks.
+            wanted: which, and how strongly.
+            model: what is drawn with.
+
+        Raises:
+            NotFound: there is no such LoRA for this project.
+            BadInput: it is no LoRA, or one for models of another family.
+            Unavailable: storage does not answer, or the machine has no room.
+        """
+        registered = await self._storage.get_model(project, wanted.model_digest or wanted.model)
+        if fault := lora_fault(registered.manifest, model):
+            raise BadInput(f"'{wanted.model}' {fault}", "loras")
+        file = adapter_of(registered.manifest)
+        async with self._cache.lent(self._storage, file.key, file.size_bytes) as path:
+            yield LentLora(wanted.model, file.digest, str(path), wanted.strength)
+
+    @contextlib.asynccontextmanager
+    async def lent_embedding(
+        self, project: str, wanted: pb.Embedding, model: ModelManifest
+    ) -> AsyncIterator[LentEmbedding]:
+        """An embedding's file; as :meth:`lent_lora`. Its word is the first trigger word of the registry's entry."""
+        registered = await self._storage.get_model(project, wanted.model_digest or wanted.model)
+        if fault := embedding_fault(registered.manifest, model):
+            raise BadInput(f"'{wanted.model}' {fault}", "embeddings")
+        (file,) = registered.manifest.components
+        token = next(iter(registered.manifest.trigger_words), "")
+        async with self._cache.lent(self._storage, file.key, file.size_bytes) as path:
+            yield LentEmbedding(wanted.model, str(path), token, wanted.negative)
 
     async def _tidy(self) -> None:
         """Gives up the files of models that neither a job nor the child uses any more."""
@@ -228,13 +286,35 @@ class InferenceWorker:
         if not spec.num_images:
             raise InvalidSpec("must be at least 1", "num_images")
         name = f"{handle.project_id}/{handle.job_id}/{handle.epoch}"
-        async with self._shelf.borrowed(handle.project_id, spec.model_digest or spec.model) as model:
-            with tempfile.TemporaryDirectory(prefix="drawing-") as folder:
-                try:
-                    return await self._follow(handle, name, draw_command(spec, model, folder))
-                except BaseException:
-                    await self._device.cancel(name)
-                    raise
+        project, model_name = handle.project_id, spec.model_digest or spec.model
+        async with contextlib.AsyncExitStack() as stack:
+            model = await stack.enter_async_context(self._shelf.borrowed(project, model_name))
+            loras = [
+                await stack.enter_async_context(self._shelf.lent_lora(project, lora, model.manifest))
+                for lora in spec.loras
+            ]
+            embeddings = [
+                await stack.enter_async_context(self._shelf.lent_embedding(project, one, model.manifest))
+                for one in spec.embeddings
+            ]
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="drawing-"))
+            try:
+                pictures = await self._fetched_pictures(spec, Path(folder))
+                command = draw_command(spec, model, folder, loras, embeddings) | {"pictures": pictures}
+                return await self._follow(handle, name, command)
+            except BaseException:
+                await self._device.cancel(name)
+                raise
+
+    async def _fetched_pictures(self, spec: pb.GenerationSpec, folder: Path) -> dict[str, str]:
+        """Files of the pictures that the drawing starts from, by the names of their fields."""
+        keys = {"init_image_key": spec.init_image_key, "mask_image_key": spec.mask_image_key}
+        fetched = {}
+        for field, key in keys.items():
+            if key:
+                await self._storage.download_blob(key, folder / field)
+                fetched[field] = str(folder / field)
+        return fetched
 
     async def _follow(self, handle: JobHandle, name: str, command: dict[str, Any]) -> pb.GenerationResult:
         images: dict[int, pb.GeneratedImage] = {}
@@ -268,8 +348,22 @@ class InferenceWorker:
         )
 
 
-def draw_command(spec: pb.GenerationSpec, model: FetchedModel, folder: str) -> dict[str, Any]:
-    """The child's `draw` command; a model trained on an inner layer of its text encoder is drawn with that layer."""
+def draw_command(
+    spec: pb.GenerationSpec,
+    model: FetchedModel,
+    folder: str,
+    loras: Sequence[LentLora] = (),
+    embeddings: Sequence[LentEmbedding] = (),
+) -> dict[str, Any]:
+    """The child's `draw` command; a model trained on an inner layer of its text encoder is drawn with that layer.
+
+    Args:
+        spec: what was asked for.
+        model: to draw with. One that was trained as a LoRA is its base, with its LoRAs worn at strength 1.
+        folder: for the pictures.
+        loras: worn beside them.
+        embeddings: words for the prompts.
+    """
     resolved = pb.GenerationSpec()
     resolved.CopyFrom(spec)
     resolved.clip_skip = spec.clip_skip or model.manifest.clip_skip
@@ -279,18 +373,41 @@ def draw_command(spec: pb.GenerationSpec, model: FetchedModel, folder: str) -> d
             "folder": str(model.folder),
             "parts": part_digests(model.manifest.components),
         },
+        "loras": [asdict(lora) for lora in (*own_loras(model), *loras)],
+        "embeddings": [asdict(one) for one in embeddings],
         "spec": MessageToDict(resolved, preserving_proto_field_name=True),
         "folder": folder,
     }
 
 
+def own_loras(model: FetchedModel) -> list[LentLora]:
+    """The LoRAs among a model's files, in the order of training, each once however many parts it lies beside."""
+    files = {
+        component.digest: component
+        for component in sorted(
+            model.manifest.components, key=lambda component: PurePosixPath(component.path).name
+        )
+        if is_adapter(component.path)
+    }
+    return [
+        LentLora("model", digest, str(model.folder / component.path), 1.0)
+        for digest, component in files.items()
+    ]
+
+
 def part_digests(components: Iterable[ModelComponent]) -> dict[str, str]:
-    """One digest for each of a model's parts, over the paths and digests of its files."""
+    """One digest for each of a model's parts, over the paths and digests of its files, LoRAs left out.
+
+    What a model of one file lacks lies in folders below `config`; all its parts depend on that one file.
+    """
+    known = sorted(components, key=lambda component: component.path)
+    whole = [component.digest for component in known if component.path == SINGLE_FILE_NAME]
     files: dict[str, list[str]] = {}
-    for component in sorted(components, key=lambda component: component.path):
-        part, _, rest = component.path.partition("/")
-        if rest:
-            files.setdefault(part, []).append(f"{rest} {component.digest}\n")
+    for component in known:
+        path = component.path.removeprefix(f"{SINGLE_FILE_CONFIG}/") if whole else component.path
+        part, _, rest = path.partition("/")
+        if rest and not is_adapter(path):
+            files.setdefault(part, list(whole)).append(f"{rest} {component.digest}\n")
     return {part: hashlib.sha256("".join(lines).encode()).hexdigest() for part, lines in files.items()}
 
 

@@ -15,6 +15,11 @@
     source = "file:/models/x.safetensors"   # the original layout, and for what it does not hold
     config = "file:/models/sd15"            # a diffusers folder: configs, tokenizer, scheduler
 
+    [film-grain]
+    kind = "lora"                           # or "embedding": what drawings may add to a model
+    source = "file:/models/grain.safetensors"
+    family = "sd1"                          # empty: the shapes decide at the time of drawing
+
 Local models are imported at the start, and again only when their files or their entry changed; models of the hub are
 downloaded when they are first asked for. Only the catalogue writes shared models.
 """
@@ -28,31 +33,40 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from likeness.storage.v1.model_pb2 import (
     MODEL_FORMAT_DIFFUSERS,
+    MODEL_FORMAT_EMBEDDING,
+    MODEL_FORMAT_LORA,
     MODEL_FORMAT_SINGLE_FILE,
     Model,
     ModelComponent,
+    ModelFormat,
     ModelManifest,
     TrainingDefaults,
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.adapters.settings import EMBEDDED_MODEL
-from services.domain.artifacts import is_ref_name, media_type_of
+from services.domain.artifacts import adapter_name, is_ref_name, media_type_of
 from services.domain.errors import BadInput, InvalidSpec, LikenessError, NotFound, Violation
 from services.storage import hub
 from services.storage.blobs import Blobs
 from services.storage.documents import CATALOGUE, Documents
-from services.storage.model_files import WEIGHTS, ModelFiles, describe, fingerprint, list_files
+from services.storage.model_files import WEIGHTS, ModelFiles, ModelTraits, describe, fingerprint, list_files
 from services.storage.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_WEIGHTS: Final = Path(__file__).resolve().parents[2] / "models" / EMBEDDED_MODEL / "weights"
 """The released folder: beside the services in a checkout and in an installed wheel alike."""
+
+
+_ADD_ONS: Final[Mapping[str, ModelFormat]] = {
+    "lora": MODEL_FORMAT_LORA,
+    "embedding": MODEL_FORMAT_EMBEDDING,
+}
 
 
 class EntryDefaults(BaseModel):
@@ -74,6 +88,7 @@ class CatalogueEntry(BaseModel):
 
     Attributes:
         source: `embedded` (the model that ships), `hf:REPO[@REV]` or `file:PATH`.
+        kind: what it is; LoRAs and embeddings are files, and trigger words of an embedding begin with its word.
         config: of a model that is one file, `file:PATH` of a diffusers folder with configs, tokenizer and scheduler;
             weights in it are left alone. Empty for all others.
         family: whose add-ons fit; empty: told from the files.
@@ -83,6 +98,7 @@ class CatalogueEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(pattern=r"^(embedded|hf:[\w.-]+/[\w.-]+(@[\w./-]+)?|file:.+)$")
+    kind: Literal["model", "lora", "embedding"] = "model"
     config: str = Field(default="", pattern=r"^(file:.+)?$")
     display_name: str = Field(default="", max_length=200)
     family: str = ""
@@ -102,7 +118,7 @@ class CatalogueEntry(BaseModel):
 
     @model_validator(mode="after")
     def _single_files_have_a_config(self) -> Self:
-        is_single = self.source.startswith("file:") and self.source.endswith(WEIGHTS)
+        is_single = self.kind == "model" and self.source.startswith("file:") and self.source.endswith(WEIGHTS)
         if is_single and not self.config:
             raise ValueError(
                 "a single .safetensors holds no configs, tokenizer and scheduler: "
@@ -110,6 +126,12 @@ class CatalogueEntry(BaseModel):
             )
         if self.config and not is_single:
             raise ValueError("`config` goes with a source that is a single .safetensors")
+        return self
+
+    @model_validator(mode="after")
+    def _add_ons_are_files(self) -> Self:
+        if self.kind != "model" and not self.source.startswith("file:"):
+            raise ValueError(f"the source of a kind `{self.kind}` must be file:PATH")
         return self
 
     @property
@@ -285,7 +307,7 @@ class Catalogue:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _import_folder(self, model: str, entry: CatalogueEntry, path: Path, source: str) -> Model:
-        files = await asyncio.to_thread(list_files, path, entry.config_path)
+        files = await asyncio.to_thread(_files_of, entry, path)
         marks = {"entry": entry.digest(), "fingerprint": await asyncio.to_thread(fingerprint, files)}
         known = await self._documents.get("", CATALOGUE, model)
         if known is not None and {name: known.get(name) for name in marks} == marks:
@@ -316,7 +338,9 @@ class Catalogue:
         return found if found.manifest_key == manifest_key else None
 
     async def _manifest(self, entry: CatalogueEntry, files: ModelFiles) -> ModelManifest:
-        traits = await asyncio.to_thread(describe, files)
+        traits = ModelTraits("", 0)
+        if entry.kind == "model":
+            traits = await asyncio.to_thread(describe, files)
         components = []
         for name, path in files.paths.items():
             blob = await self._blobs.put_file("", path, media_type_of(name))
@@ -324,7 +348,9 @@ class Catalogue:
                 ModelComponent(path=name, key=blob.key, digest=blob.digest, size_bytes=blob.size_bytes)
             )
         return ModelManifest(
-            format=MODEL_FORMAT_SINGLE_FILE if files.is_single else MODEL_FORMAT_DIFFUSERS,
+            format=_ADD_ONS.get(
+                entry.kind, MODEL_FORMAT_SINGLE_FILE if files.is_single else MODEL_FORMAT_DIFFUSERS
+            ),
             family=entry.family or traits.family,
             components=components,
             trigger_words=entry.trigger_words,
@@ -356,3 +382,15 @@ class Catalogue:
                 logger.debug("model was gone already", extra={"model": model})
             await self._documents.delete("", CATALOGUE, model)
             logger.info("model left the catalogue", extra={"model": model})
+
+
+def _files_of(entry: CatalogueEntry, path: Path) -> ModelFiles:
+    """The files of an entry by their paths in the model; what a LoRA or an embedding holds is read by who draws."""
+    if entry.kind == "model":
+        return list_files(path, entry.config_path)
+    if not path.is_file() or (entry.kind == "lora" and path.suffix != WEIGHTS):
+        raise BadInput(
+            f"there is no {entry.kind} at {path.name}: it must be a file, a LoRA a .safetensors one"
+        )
+    name = adapter_name(0) if entry.kind == "lora" else f"embedding{path.suffix}"
+    return ModelFiles({name: path}, is_single=False)

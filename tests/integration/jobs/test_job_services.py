@@ -3,7 +3,12 @@ from typing import Any
 
 import pytest
 from likeness.inference.v1 import inference_service_pb2 as drawings
-from likeness.inference.v1.generation_job_pb2 import GeneratedImage, GenerationResult, GenerationSpec
+from likeness.inference.v1.generation_job_pb2 import (
+    GeneratedImage,
+    GenerationResult,
+    GenerationSpec,
+    LoraWeight,
+)
 from likeness.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from likeness.job.v1.job_pb2 import JobOptions, JobOrigin, JobState
 from likeness.training.v1 import training_service_pb2 as trainings
@@ -82,6 +87,23 @@ async def test_a_repeated_drawing_keeps_its_seed_and_another_is_refused(drawing:
 async def test_a_drawing_with_an_unknown_model_is_refused_by_name(drawing: Any) -> None:
     with pytest.raises(NotFound, match="no model 'dreamer'"):
         await drawing.CreateGenerationJob(draw(model="dreamer"))
+
+
+async def test_loras_of_a_drawing_are_settled_at_admission(drawing: Any) -> None:
+    job = (await drawing.CreateGenerationJob(draw(loras=[LoraWeight(model="rex")]))).job
+    (lora,) = job.spec.loras
+    assert (lora.strength, len(lora.model_digest)) == (1.0, 64)
+
+
+async def test_loras_that_cannot_be_worn_are_refused_together_by_name(drawing: Any) -> None:
+    names = ("nobody", "rex", "stranger", "pocket")
+    with pytest.raises(InvalidSpec) as refusal:
+        await drawing.CreateGenerationJob(draw(loras=[LoraWeight(model=name) for name in names]))
+    assert {violation.field: violation.rule for violation in refusal.value.violations} == {
+        "loras[0].model": "'nobody' does not exist",
+        "loras[2].model": "'stranger' is a LoRA for models of the family sdxl, not flat",
+        "loras[3].model": "'pocket' is not a LoRA",
+    }
 
 
 async def test_all_faults_of_a_drawing_come_at_once(drawing: Any) -> None:

@@ -34,7 +34,14 @@ def draw(link: ParentLink, command: dict[str, Any]) -> None:
         facts = {"path": str(path), "media_type": "image/png", "digest": "d" * 64, "size_bytes": 10}
         facts |= {"width_px": 8, "height_px": 8, "seed": number, "number": number}
         link.emit({"event": "drawn", "job": job} | facts)
-    link.emit({"event": "finished", "job": job, "warnings": [str(spec.get("clip_skip", 0))], "device_s": 0.5})
+    remarks = [str(spec.get("clip_skip", 0))]
+    for lora in command["loras"]:
+        remarks.append(f"{lora['name']} {lora['strength']} {Path(lora['path']).read_text()}")
+    for one in command["embeddings"]:
+        remarks.append(f"{one['name']} {one['token']} {one['negative']} {Path(one['path']).read_text()}")
+    for field, path in command["pictures"].items():
+        remarks.append(f"{field} {Path(path).read_text()}")
+    link.emit({"event": "finished", "job": job, "warnings": remarks, "device_s": 0.5})
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from google.protobuf.json_format import MessageToDict
 from likeness.inference.v1 import generation_job_pb2 as pb
+from safetensors.torch import save_file
 
 from services.adapters.child_process import ChildProcess
 from services.diffusion.drawing import decode
@@ -15,6 +16,7 @@ from services.domain.errors import OutOfDeviceMemory
 from services.inference import child as child_module
 from services.inference import engine as engine_module
 from services.inference import stages
+from services.inference.adapters import AdapterStore
 from services.inference.child import DrawingSession, memory_budget_bytes, serve
 from services.inference.engine import Engine
 from services.inference.model_cache import ModelCache
@@ -36,8 +38,9 @@ class Recorder:
     def __init__(self, batch_cap: int = 1) -> None:
         self.events: list[dict[str, Any]] = []
         models = ModelCache(1 << 40, torch.device("cpu"), torch.float32)
+        adapters = AdapterStore(1 << 40, torch.float32)
         self.session = DrawingSession(
-            lambda event: self.events.append(dict(event)), Engine(batch_cap), models
+            lambda event: self.events.append(dict(event)), Engine(batch_cap), models, adapters
         )
 
     def run(self) -> None:
@@ -135,6 +138,34 @@ def test_clip_skip_that_the_model_lacks_fails_and_frees_the_model(
     assert recorder.of("failed", "j1")[0]["field"] == "clip_skip"
     recorder.session.handle({"command": "evict", "model": model_command["digest"]})
     assert recorder.of("models")[-1]["held"] == []
+
+
+def test_lora_that_does_not_fit_fails_its_request_only(model_command: dict[str, Any], tmp_path: Path) -> None:
+    recorder, file = Recorder(batch_cap=2), tmp_path / "odd.safetensors"
+    name = "unet.mid_block.attentions.0.proj_in"
+    save_file({f"{name}.lora_A.weight": torch.ones(1, 3), f"{name}.lora_B.weight": torch.ones(3, 1)}, file)
+    lora = {"name": "odd", "digest": "c" * 64, "path": str(file), "strength": 1.0}
+    recorder.session.handle(draw_command(model_command, tmp_path, "j1"))
+    recorder.session.handle(draw_command(model_command, tmp_path, "j2") | {"loras": [lora]})
+    recorder.run()
+    (failed,) = recorder.of("failed")
+    assert (failed["job"], failed["reason"], failed["retryable"]) == ("j2", "BAD_INPUT", False)
+    assert failed["message"].startswith(f"loras: 'odd': the LoRA does not fit this model: {name}")
+    assert len(recorder.of("finished", "j1")) == 1
+
+
+def test_embedding_changes_the_pictures_of_its_request_only(
+    model_command: dict[str, Any], tmp_path: Path
+) -> None:
+    recorder, file = Recorder(), tmp_path / "rex.bin"
+    torch.save({"<rex>": torch.ones(2, 32) * 3}, file)
+    rex = {"name": "rex", "path": str(file), "token": "", "negative": False}
+    for job, more in (("j1", {}), ("j2", {"embeddings": [rex]}), ("j3", {})):
+        recorder.session.handle(draw_command(model_command, tmp_path, job) | more)
+    recorder.run()
+    digests = [[event["digest"] for event in recorder.of("drawn", job)] for job in ("j1", "j2", "j3")]
+    assert digests[0] == digests[2]
+    assert not set(digests[0]) & set(digests[1])
 
 
 def test_damaged_model_fails_its_request_only(

@@ -198,10 +198,14 @@ def test_clip_skip_nought_and_one_mean_the_last_layer(skipped: int) -> None:
 
 
 def test_wishes_that_are_not_fulfilled_are_refused_together() -> None:
-    spec = pb.GenerationSpec(num_images=1, panorama=True, vae="other", loras=[pb.LoraWeight(model="x")])
+    spec = pb.GenerationSpec(num_images=1, panorama=True, vae="other", translate_prompt=True)
     with pytest.raises(InvalidSpec) as caught:
         drawings_of(spec)
-    assert {violation.field for violation in caught.value.violations} == {"panorama", "vae", "loras"}
+    assert {violation.field for violation in caught.value.violations} == {
+        "panorama",
+        "vae",
+        "translate_prompt",
+    }
 
 
 def test_every_field_of_a_request_is_drawn_by_or_refused_or_not_the_engines_business() -> None:
@@ -223,9 +227,14 @@ def test_every_field_of_a_request_is_drawn_by_or_refused_or_not_the_engines_busi
         "clip_skip",
         "eta",
         "image_format",
+        "loras",
+        "embeddings",
+        "init_image_key",
+        "mask_image_key",
+        "strength",
     }
     elsewhere = {"model", "model_digest", "base64_output", "temporary_output", "passback", "output_names"}
-    without_meaning_here = {"strength", "source_language"}
+    without_meaning_here = {"source_language"}
     assert fields == refused | drawn_by | elsewhere | without_meaning_here
 
 

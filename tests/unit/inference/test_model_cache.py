@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from services.domain.errors import BadInput
+from services.inference import model_cache
 from services.inference.model_cache import ModelCache, ModelFiles
 from tests.unit.inference.conftest import model_of
 
@@ -46,6 +47,22 @@ def test_fine_tune_shares_the_parts_it_did_not_change(tiny_model_dir: Path, mode
     assert tuned.text_encoder is base.text_encoder
     assert tuned.unet is not base.unet
     assert cache.used_bytes < 2 * model_bytes
+
+
+def test_models_that_are_loras_of_one_base_share_all_of_it_and_are_not_kept_without_end(
+    tiny_model_dir: Path, model_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_cache, "MAX_MODELS", 2)
+    cache = cache_of(PLENTY)
+    shared = {part: f"base{part}" for part in ("unet", "vae", "text_encoder", "tokenizer")}
+    base = cache.acquire(files_of(tiny_model_dir, "base"))
+    cache.release("base")
+    for name in ("rex", "noir"):
+        adapted = cache.acquire(files_of(tiny_model_dir, name, **shared))
+        cache.release(name)
+        assert (adapted.unet, adapted.tokenizer) == (base.unet, base.tokenizer)
+    assert cache.held == ["rex", "noir"]
+    assert cache.used_bytes == model_bytes
 
 
 def test_shared_part_stays_until_its_last_model_leaves(tiny_model_dir: Path) -> None:

@@ -246,6 +246,43 @@ async def test_layer_of_the_training_is_used_unless_another_is_asked_for(
     assert list(result.warnings) == [drawn]
 
 
+async def test_request_with_a_lora_gets_the_file_of_that_lora_alone(bench: Bench) -> None:
+    lora = {"format": ModelFormat.MODEL_FORMAT_LORA}
+    files = {"unet/w.safetensors": b"base", "unet/lora-000.safetensors": b"older"}
+    bench.storage.keep_model("rex", files | {"text_encoder/lora-001.safetensors": b"rex's"}, **lora)
+    kind, result = await bench.end_of(bench.give("x", loras=[pb.LoraWeight(model="rex", strength=0.5)]))
+    assert (kind, list(result.warnings)) == ("finished", ["2", "rex 0.5 rex's"])
+    fetched = {bench.storage.blobs[key] for key in bench.storage.downloads}
+    assert fetched == {b"unet", b"vae", b"rex's"}
+    held = [path for path in (bench.cache.root / "holders").glob("*/*") if path.is_file()]
+    assert [path.name for path in held] == ["lock"], "given back"
+
+
+async def test_model_that_is_a_lora_is_its_base_with_its_loras_worn_in_order(bench: Bench) -> None:
+    lora = {"format": ModelFormat.MODEL_FORMAT_LORA}
+    files = {"unet/w.safetensors": b"unet", "text_encoder/lora-001.safetensors": b"younger"}
+    files |= {f"{part}/lora-000.safetensors": b"older" for part in ("unet", "text_encoder")}
+    bench.storage.keep_model("rex", files, **lora)
+    _, result = await bench.end_of(bench.give("x", model="rex"))
+    assert list(result.warnings) == ["0", "model 1.0 older", "model 1.0 younger"]
+    parts = [part_digests(bench.storage.models[name].manifest.components) for name in ("m", "rex")]
+    assert parts[0]["unet"] == parts[1]["unet"], "the base's weights are loaded once for both"
+
+
+async def test_request_with_an_embedding_gets_its_file_and_its_word(bench: Bench) -> None:
+    facts: dict[str, Any] = {"format": ModelFormat.MODEL_FORMAT_EMBEDDING, "trigger_words": ["<rex>"]}
+    bench.storage.keep_model("word", {"embedding.bin": b"vectors"}, **facts)
+    _, result = await bench.end_of(bench.give("x", embeddings=[pb.Embedding(model="word", negative=True)]))
+    assert list(result.warnings) == ["2", "word <rex> True vectors"]
+
+
+@pytest.mark.parametrize("name", ["m", "nobody"])
+async def test_request_with_what_is_no_lora_fails(name: str, bench: Bench) -> None:
+    reason = {"m": "BAD_INPUT", "nobody": "NOT_FOUND"}[name]
+    kind, told = await bench.end_of(bench.give("x", loras=[pb.LoraWeight(model=name)]))
+    assert (kind, told[0]) == ("failed", reason)
+
+
 async def test_refusal_by_the_child_fails_the_job_with_its_field(bench: Bench) -> None:
     assert await bench.end_of(bench.give("refuse")) == ("failed", ("INVALID_SPEC", "clip_skip", False))
 
@@ -386,6 +423,17 @@ def test_equal_files_give_equal_parts_and_shared_ones_are_recognised() -> None:
     assert part_digests(base)["vae"] == part_digests(tuned)["vae"]
     assert part_digests(base)["unet"] != part_digests(tuned)["unet"]
     assert part_digests([*base, ModelComponent(path="model_index.json", digest="4")]) == part_digests(base)
+
+
+def test_parts_of_a_model_of_one_file_are_that_file_and_their_configs() -> None:
+    single = [
+        ModelComponent(path="model.safetensors", digest="1"),
+        ModelComponent(path="config/unet/c", digest="2"),
+    ]
+    adapted = [*single, ModelComponent(path="config/unet/lora-000.safetensors", digest="3")]
+    other = [ModelComponent(path="model.safetensors", digest="4"), single[1]]
+    assert part_digests(single) == part_digests(adapted)
+    assert part_digests(single)["unet"] != part_digests(other)["unet"]
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -3,9 +3,16 @@ from pathlib import Path
 
 import pytest
 from likeness.storage.v1.artifact_pb2 import Blob
-from likeness.storage.v1.model_pb2 import MODEL_FORMAT_DIFFUSERS, MODEL_FORMAT_SINGLE_FILE
+from likeness.storage.v1.model_pb2 import (
+    MODEL_FORMAT_DIFFUSERS,
+    MODEL_FORMAT_EMBEDDING,
+    MODEL_FORMAT_LORA,
+    MODEL_FORMAT_SINGLE_FILE,
+    ModelManifest,
+)
 
 from services.adapters.memory_artifacts import InMemoryArtifactStore
+from services.domain.add_ons import embedding_fault, lora_fault
 from services.domain.errors import BadInput, InvalidSpec, NotFound
 from services.storage.blobs import Blobs
 from services.storage.catalogue import (
@@ -198,6 +205,30 @@ async def test_a_changed_config_of_a_single_file_is_imported_again(world: World)
     assert await world.start(x=entry) == 0
     (config / "scheduler/scheduler_config.json").write_text('{"beta_start": 0.25}')
     assert await world.start(x=entry) == 8
+
+
+async def test_loras_and_embeddings_are_files_of_their_own(world: World) -> None:
+    files = [world.home / "grain.safetensors", world.home / "rex.pt"]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    lora = entry_of(files[0], kind="lora", family="sd1")
+    await world.start(grain=lora, rex=entry_of(files[1], kind="embedding", trigger_words=["<rex>"]))
+    found = [(await world.registry.get("dev", name)).manifest for name in ("grain", "rex")]
+    assert [manifest.format for manifest in found] == [MODEL_FORMAT_LORA, MODEL_FORMAT_EMBEDDING]
+    assert [component.path for manifest in found for component in manifest.components] == [
+        "lora-000.safetensors",
+        "embedding.pt",
+    ]
+    assert lora_fault(found[0], ModelManifest(family="sd1")) == ""
+    assert embedding_fault(found[1], ModelManifest(family="sd1")) == ""
+
+
+async def test_a_lora_that_is_no_safetensors_file_is_not_imported(world: World) -> None:
+    (world.home / "grain.ckpt").write_bytes(b"x")
+    catalogue = world.catalogue(grain=entry_of(world.home / "grain.ckpt", kind="lora"))
+    await catalogue.run()
+    with pytest.raises(BadInput, match=r"no lora at grain\.ckpt"):
+        await catalogue.ensure("grain")
 
 
 async def test_a_model_that_left_the_catalogue_is_unlisted(world: World) -> None:
