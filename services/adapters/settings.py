@@ -71,9 +71,9 @@ def _number(value: object) -> object:
 
 
 def _checked_artifacts(text: str) -> str:
-    if text and not re.fullmatch(r"folder:.+", text):
-        raise ValueError("must be folder:PATH")
-    return text
+    if text and not re.fullmatch(r"folder:.+|s3:https?://[^/?#\s@]+/[^/?#\s]+/?", text):
+        raise ValueError("must be folder:PATH or s3:http(s)://HOST/BUCKET")
+    return text.rstrip("/") if text.startswith("s3:") else text
 
 
 def _checked_colour(value: str) -> str:
@@ -318,6 +318,12 @@ class TrainerWorkerSettings(WorkerSettings, TrainingAddress):
     checkpoint_s: float = setting(
         60.0, "Time between two recovery checkpoints of a training.", unit="s", gt=0
     )
+    one_job_within_s: float = setting(
+        0.0,
+        "Above 0, the worker ends after one training, or when none came within this time: one process a training.",
+        unit="s",
+        ge=0,
+    )
 
 
 class InferenceApiSettings(
@@ -353,13 +359,47 @@ class InferenceWorkerSettings(WorkerSettings, InferenceAddress):
     )
 
 
-class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelSettings):
+class S3Settings(CommonSettings):
+    """How storage uses a bucket; nothing of it is read while artifacts lie in a folder."""
+
+    s3_access_key: SecretStr = setting(SecretStr(""), "Access key of the bucket.")
+    s3_secret_key: SecretStr = setting(SecretStr(""), "Secret key of the bucket.")
+    s3_region: str = setting("us-east-1", "Region of the bucket; most stores beside AWS take any.")
+    s3_encryption: Literal["", "AES256", "aws:kms"] = setting(
+        "",
+        "Encryption that the store is told to keep objects under: AES256 or aws:kms; empty: its own choice.",
+    )
+    s3_encryption_key: str = setting(
+        "", "For aws:kms, the name of the key; empty: the store's default key for it."
+    )
+    s3_direct_bytes: int = setting(
+        8 << 20,
+        "Blobs from this size on are read and written by the workers straight in the bucket, by addresses that storage "
+        "signs, where they can reach it under the name in LIKENESS_ARTIFACTS; 0: all bytes go through storage.",
+        unit="bytes",
+        ge=0,
+    )
+    s3_part_bytes: int = setting(
+        16 << 20,
+        "Files above this go into the bucket in parts of this size, four at once.",
+        unit="bytes",
+        ge=5 << 20,
+        le=5 << 30,
+    )
+    s3_orphan_s: float = setting(
+        86_400.0, "Uploads into the bucket that are unfinished for so long are removed.", unit="s", gt=0
+    )
+
+
+class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelSettings, S3Settings):
     """Storage."""
 
     process: ClassVar[str] = "storage"
 
     artifacts: ArtifactsPlace = setting(
-        "", "Where blobs and manifests are kept: folder:PATH; empty: artifacts under LIKENESS_HOME."
+        "",
+        "Where blobs and manifests are kept: folder:PATH, or s3:http(s)://HOST/BUCKET; "
+        "empty: artifacts under LIKENESS_HOME.",
     )
     models: Path | None = setting(
         None, "TOML catalogue of base models; default: only the one that ships, pocket."
@@ -392,6 +432,14 @@ class StorageSettings(ServerSettings, StorageAddress, EgressSettings, BaseModelS
     alpha_background: Colour = setting(
         "#ffffff", "Colour that shows through the transparent parts of pictures, as #rrggbb."
     )
+
+    @property
+    def s3_address(self) -> tuple[str, str] | None:
+        """Endpoint and bucket that :attr:`artifacts` names; None when it names a folder."""
+        if not self.artifacts.startswith("s3:"):
+            return None
+        endpoint, _, bucket = self.artifacts.removeprefix("s3:").rpartition("/")
+        return endpoint, bucket
 
     @property
     def artifacts_path(self) -> Path:

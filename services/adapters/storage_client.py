@@ -5,15 +5,18 @@
         blob = await storage.upload_file(project, Path("0-0.png"), "image/png")
         await storage.download_blob(blob.key, Path("copy.png"))
 
-Transfers go on after an interruption; unary calls are repeated by the channel. A local copy that outlives a call is
-the business of :mod:`services.adapters.blob_cache`.
+Transfers go on after an interruption; unary calls are repeated by the channel. Where storage names an address in its
+store, large blobs take the straight way (:mod:`services.adapters.direct_transfer`); should that fail, they go through
+storage. A local copy that outlives a call is the business of :mod:`services.adapters.blob_cache`.
 """
 
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +25,12 @@ from google.protobuf.duration_pb2 import Duration
 from likeness.storage.v1.artifact_pb2 import Blob, Dataset, DatasetImage, FileLink, Ref
 from likeness.storage.v1.model_pb2 import Model, ModelManifest
 from likeness.storage.v1.storage_service_pb2 import (
+    BeginUploadRequest,
     BlobHeader,
     CreateDatasetRequest,
     CreateFileLinkRequest,
     DeleteModelRequest,
+    FinishUploadRequest,
     GetBlobRequest,
     GetDatasetRequest,
     GetModelRequest,
@@ -45,6 +50,7 @@ from likeness.storage.v1.storage_service_pb2 import (
 from likeness.storage.v1.storage_service_pb2_grpc import StorageServiceStub
 from likeness.training.v1.training_job_pb2 import ImageSource
 
+from services.adapters import direct_transfer
 from services.adapters.grpc_client import Channel
 from services.adapters.manifests import digest_of, from_json
 from services.domain.artifacts import CHUNK_BYTES, blob_key, digest_of_key
@@ -54,8 +60,12 @@ IMPORT_TIMEOUT_S = 1800.0
 MODEL_TIMEOUT_S = 1800.0
 """The first use of a model from the hub waits for its download."""
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+DIRECT_AGAIN_S = 300.0
+"""After a straight transfer has failed, bytes go through storage for so long."""
 TRANSFER_TRIES = 6
 FIRST_PAUSE_S = 0.2
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -66,6 +76,7 @@ class StorageClient:
     def __init__(self, channel: Channel) -> None:
         """Speaks over a channel, which stays the caller's to close."""
         self._stub: Any = StorageServiceStub(channel)
+        self._direct_from = 0.0  # by the monotonic clock
 
     # Blobs
 
@@ -93,16 +104,36 @@ class StorageClient:
         offset, tries = 0, 0
         while True:
             try:
-                request = ReadBlobRequest(key=key, offset_bytes=offset)
-                async for response in self._stub.ReadBlob(request):
-                    offset, tries = offset + len(response.data), 0
-                    yield response.data
+                async for piece in self._pieces(key, offset):
+                    offset, tries = offset + len(piece), 0
+                    yield piece
                 return
+            except direct_transfer.DirectTransferFailed as error:
+                self._give_up_direct(error)
+                continue
             except Unavailable:
                 tries += 1
                 if tries >= TRANSFER_TRIES:
                     raise
             await asyncio.sleep(FIRST_PAUSE_S * 2**tries)
+
+    async def _pieces(self, key: str, offset: int) -> AsyncIterator[bytes]:
+        """A blob's bytes from an offset on, from wherever storage says."""
+        request = ReadBlobRequest(key=key, offset_bytes=offset, accept_url=self._goes_direct)
+        async for response in self._stub.ReadBlob(request):
+            if response.url:
+                async for piece in direct_transfer.download(response.url, offset, response.blob.size_bytes):
+                    yield piece
+            elif response.data:
+                yield response.data
+
+    @property
+    def _goes_direct(self) -> bool:
+        return time.monotonic() >= self._direct_from
+
+    def _give_up_direct(self, error: Exception) -> None:
+        self._direct_from = time.monotonic() + DIRECT_AGAIN_S
+        logger.warning("blobs go through storage for a while", extra={"why": str(error)})
 
     async def download_blob(self, key: str, path: Path) -> int:
         """Writes a blob to a file, whole or not at all.
@@ -120,11 +151,19 @@ class StorageClient:
         """
         temporary = await asyncio.to_thread(_temporary_beside, path)
         try:
-            size = await self._download_checked(key, temporary)
+            size = await self._download_again(key, temporary)
             await asyncio.to_thread(os.replace, temporary, path)
             return size
         finally:
             await asyncio.to_thread(temporary.unlink, missing_ok=True)
+
+    async def _download_again(self, key: str, path: Path) -> int:
+        """Downloads, and once more when other bytes came: they may have changed on their way only."""
+        try:
+            return await self._download_checked(key, path)
+        except AlteredBytes:
+            logger.warning("blob came with other bytes than its digest's", extra={"key": key})
+            return await self._download_checked(key, path)
 
     async def _download_checked(self, key: str, path: Path) -> int:
         digest, size = hashlib.sha256(), 0
@@ -180,7 +219,7 @@ class StorageClient:
         stored = await self._stored_already(header)
         if stored is not None:
             return stored
-        return await _persistently(lambda: self._write(header, _file_pieces(path)))
+        return await _persistently(lambda: self._send_file(header, path))
 
     async def upload_bytes(self, project: str, data: bytes, media_type: str) -> Blob:
         """Stores bytes under their digest; arguments and errors as :meth:`upload_file`."""
@@ -193,6 +232,29 @@ class StorageClient:
         """Stores what JSON can say, keys sorted so that equal documents are one blob."""
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return await self.upload_bytes(project, text.encode(), "application/json")
+
+    async def _send_file(self, header: BlobHeader, path: Path) -> Blob:
+        if self._goes_direct:
+            try:
+                sent = await self._send_direct(header, path)
+            except direct_transfer.DirectTransferFailed as error:
+                self._give_up_direct(error)
+            else:
+                if sent is not None:
+                    return sent
+        return await self._write(header, _file_pieces(path))
+
+    async def _send_direct(self, header: BlobHeader, path: Path) -> Blob | None:
+        """Sends a file straight to the store; None when the store takes no such uploads."""
+        begun = await self._stub.BeginUpload(BeginUploadRequest(header=header))
+        if not begun.HasField("upload"):
+            return None
+        digest = await direct_transfer.upload(path, begun.upload.part_urls, begun.upload.part_bytes)
+        if digest != header.digest:
+            raise BadInput(f"the file {path.name} changed while it was sent")
+        request = FinishUploadRequest(header=header, upload_id=begun.upload.upload_id)
+        blob: Blob = (await self._stub.FinishUpload(request)).blob
+        return blob
 
     async def _stored_already(self, header: BlobHeader) -> Blob | None:
         try:

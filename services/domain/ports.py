@@ -238,6 +238,45 @@ class ArtifactStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class DirectUpload:
+    """An upload whose parts go straight to the store.
+
+    Attributes:
+        upload_id: the store's name for it.
+        part_bytes: size of every part but the last.
+        part_urls: where each part is PUT, in order; they need no keys and expire.
+    """
+
+    upload_id: str
+    part_bytes: int
+    part_urls: tuple[str, ...]
+
+
+class DirectTransfers(Protocol):
+    """What a store can do that others may read and write without its keys, by addresses that expire."""
+
+    def download_url(self, key: str) -> str:
+        """An address that reads one object."""
+        ...
+
+    async def begin_upload(self, key: str, size_bytes: int) -> DirectUpload:
+        """Begins an upload; nothing is visible before it is finished.
+
+        Raises:
+            Unavailable: the store does not answer.
+        """
+        ...
+
+    async def finish_upload(self, key: str, upload_id: str, size_bytes: int) -> None:
+        """Makes the object of the parts that came; done again, it changes nothing.
+
+        Raises:
+            Unavailable: parts are missing, the upload is gone, or the store does not answer.
+        """
+        ...
+
+
 class Clock(Protocol):
     """Time, for code that must be testable without waiting."""
 

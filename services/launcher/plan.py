@@ -14,6 +14,8 @@ from services.launcher.supervisor import Program
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 EXAMPLE_ARCHIVE = "robot.zip"
+BUCKET_PREFIX = PREFIX + "S3_"
+"""Begins the variables of the bucket, its keys among them, which storage alone gets."""
 
 
 def program_environ(settings: LauncherSettings, home: Home, environ: Mapping[str, str]) -> dict[str, str]:
@@ -56,12 +58,16 @@ def stages(settings: LauncherSettings, home: Home, environ: Mapping[str, str]) -
     Returns:
         Stages; each needs the ones before it.
     """
+    bucket = {name: value for name, value in environ.items() if name.startswith(BUCKET_PREFIX)}
+    environ = {name: value for name, value in environ.items() if name not in bucket}
     base = program_environ(settings, home, environ)
     # The bundled pictures are the one private address that the embedded storage may reach without being told.
     allowed = [str(network) for network in settings.egress_allow] + (
         [_examples_host(settings)] if has_examples() else []
     )
-    for_storage = base | {
+    for_storage = {
+        **base,
+        **bucket,
         "LIKENESS_BOOTSTRAP_KEY_FILE": str(home.api_key),
         "LIKENESS_EGRESS_ALLOW": ",".join(allowed),
     }

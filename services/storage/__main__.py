@@ -5,8 +5,11 @@ import sys
 
 from services.adapters.settings import CONFIGURATION_FAULT, StorageSettings, load_or_exit
 from services.adapters.telemetry import configure_logging
-from services.domain.errors import InvalidSpec
+from services.domain.errors import InvalidSpec, Unavailable
 from services.storage.server import serve
+
+TRY_AGAIN = 75
+"""Exit status of a process that may start later (EX_TEMPFAIL of sysexits.h)."""
 
 
 def main() -> None:
@@ -18,6 +21,9 @@ def main() -> None:
     except InvalidSpec as error:
         sys.stderr.write(f"wrong settings:\n  {error}\n")
         raise SystemExit(CONFIGURATION_FAULT) from None
+    except Unavailable as error:
+        sys.stderr.write(f"cannot start: {error}\n")
+        raise SystemExit(TRY_AGAIN) from None
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
-from likeness.storage.v1.artifact_pb2 import Blob
-from likeness.storage.v1.storage_service_pb2 import WriteBlobRequest
+from likeness.storage.v1.artifact_pb2 import Blob, BlobUpload
+from likeness.storage.v1.storage_service_pb2 import BlobHeader, WriteBlobRequest
 
 from services.adapters.manifests import digest_of
 from services.adapters.owned_folder import new_name
 from services.domain.artifacts import blob_key, digest_of_key, is_blob_key, project_of_key
 from services.domain.errors import BadInput, InvalidSpec, NotFound, Unavailable
-from services.domain.ports import ArtifactStore, ObjectInfo
+from services.domain.ports import ArtifactStore, DirectTransfers, ObjectInfo
 
 HEAD_BYTES: Final = 16
 OTHER_BYTES: Final = "application/octet-stream"
@@ -34,15 +34,25 @@ _SIGNATURES: Final = (
 class Blobs:
     """Reads and writes blobs."""
 
-    def __init__(self, store: ArtifactStore, work: Path) -> None:
+    def __init__(
+        self,
+        store: ArtifactStore,
+        work: Path,
+        direct: DirectTransfers | None = None,
+        direct_bytes: int = 0,
+    ) -> None:
         """Takes what it works with.
 
         Args:
             store: where the bytes are.
             work: folder for files on their way in; on the store's file system where that can be.
+            direct: what others may read and write in the store itself; None: nothing.
+            direct_bytes: blobs from this size on; for a smaller one the requests cost more than they save.
         """
         self.store = store
         self._work = work
+        self._direct = direct
+        self._direct_bytes = direct_bytes
 
     async def get(self, key: str, project: str = "") -> Blob:
         """What is known of a blob.
@@ -89,6 +99,38 @@ class Blobs:
             raise NotFound("no such artifact")
         async for piece in self.store.read(key, offset, limit or None):
             yield piece
+
+    def url(self, blob: Blob) -> str:
+        """Where a large blob can be read in the store itself; empty: nowhere, or not worth it."""
+        if self._direct is None or blob.size_bytes < self._direct_bytes:
+            return ""
+        return self._direct.download_url(blob.key)
+
+    async def begin_upload(self, header: BlobHeader) -> BlobUpload | None:
+        """Says where others may send a blob's parts; None: only through :meth:`write`.
+
+        Raises:
+            InvalidSpec: the digest is missing.
+            Unavailable: the store does not answer.
+        """
+        key = blob_key(header.project_id, header.digest)
+        if self._direct is None or header.size_bytes < self._direct_bytes:
+            return None
+        begun = await self._direct.begin_upload(key, header.size_bytes)
+        return BlobUpload(upload_id=begun.upload_id, part_bytes=begun.part_bytes, part_urls=begun.part_urls)
+
+    async def finish_upload(self, header: BlobHeader, upload_id: str) -> Blob:
+        """Makes a blob of the parts that others sent; done again, it changes nothing.
+
+        Raises:
+            InvalidSpec: the digest is missing, or this store takes no such uploads.
+            Unavailable: parts are missing, the upload is gone, or the store does not answer.
+        """
+        key = blob_key(header.project_id, header.digest)
+        if self._direct is None:
+            raise InvalidSpec("names no upload: this store takes bytes through WriteBlob only", "upload_id")
+        await self._direct.finish_upload(key, upload_id, header.size_bytes)
+        return Blob(key=key, digest=header.digest, size_bytes=header.size_bytes, media_type=header.media_type)
 
     async def read_small(self, key: str, max_bytes: int) -> bytes:
         """All bytes of a document; raises NotFound, or BadInput when it is larger than `max_bytes`."""

@@ -9,7 +9,6 @@ from likeness.access.v1.access_service_pb2_grpc import add_AccessServiceServicer
 from likeness.storage.v1.storage_service_pb2_grpc import add_StorageServiceServicer_to_server
 
 from services.adapters.egress import Egress, EgressPolicy
-from services.adapters.folder_artifacts import FolderArtifactStore
 from services.adapters.grpc_server import GrpcServer
 from services.adapters.settings import StorageSettings
 from services.storage.access import Access, AccessServicer
@@ -24,6 +23,7 @@ from services.storage.model_imports import ModelImporter, ModelLimits
 from services.storage.registry import ModelRegistry
 from services.storage.retention import Retention
 from services.storage.servicer import StorageServicer
+from services.storage.stores import OpenStore, opened_store
 
 STORAGE_SERVICE = "likeness.storage.v1.StorageService"
 ACCESS_SERVICE = "likeness.access.v1.AccessService"
@@ -43,7 +43,8 @@ async def serve(settings: StorageSettings) -> None:
     """Serves until SIGTERM; the catalogue's local models are imported meanwhile.
 
     Raises:
-        InvalidSpec: the catalogue or the bootstrap key file is wrong.
+        InvalidSpec: the catalogue, the bootstrap key file, or the place of artifacts is wrong.
+        Unavailable: nothing answers where artifacts are to be kept.
     """
     async with running(settings) as storage:
         work = (storage.catalogue.run(), storage.access.run(), storage.retention.run())
@@ -54,34 +55,32 @@ async def serve(settings: StorageSettings) -> None:
 @asynccontextmanager
 async def running(settings: StorageSettings) -> AsyncIterator[Storage]:
     """Opens the store and listens; leaves the background work to the caller."""
-    store = FolderArtifactStore(settings.artifacts_path)
-    try:
-        documents = Documents(store)
+    async with opened_store(settings) as opened:
+        documents = Documents(opened.store)
         access = Access(documents, _now_ms, time.monotonic)
         if settings.bootstrap_key_file is not None:
             await bootstrap(access, settings.bootstrap_key_file)
-        servicer, catalogue = await _made(settings, store, documents)
+        servicer, catalogue = await _made(settings, opened, documents)
         server = GrpcServer(settings.storage_addr, grace_s=settings.grace_s, ready_fd=settings.ready_fd)
         server.add(add_StorageServiceServicer_to_server, servicer, STORAGE_SERVICE)
         server.add(add_AccessServiceServicer_to_server, AccessServicer(access), ACCESS_SERVICE)
         async with server:
-            yield Storage(server, access, catalogue, Retention(store))
-    finally:
-        store.close()
+            yield Storage(server, access, catalogue, Retention(opened.sweep))
 
 
 async def _made(
-    settings: StorageSettings, store: FolderArtifactStore, documents: Documents
+    settings: StorageSettings, opened: OpenStore, documents: Documents
 ) -> tuple[StorageServicer, Catalogue]:
-    blobs = Blobs(store, store.staging)
+    store, work = opened.store, opened.work
+    blobs = Blobs(store, work, opened.direct, opened.direct_bytes)
     registry = ModelRegistry(blobs, documents, _now_ms, settings.base_model)
     entries = read_catalogue(settings.models) if settings.models else DEFAULT_CATALOGUE
-    places = CataloguePlaces(store.staging)
+    places = CataloguePlaces(work)
     catalogue = Catalogue(entries, registry, blobs, documents, places)
     egress = Egress(EgressPolicy(allow=settings.egress_allow))
-    datasets = DatasetImporter(store, egress, store.staging, import_limits(settings))
+    datasets = DatasetImporter(store, egress, work, import_limits(settings))
     limits = ModelLimits(max_bytes=settings.max_model_bytes)
-    models = ModelImporter(blobs, registry, egress, store.staging, places.hub_endpoint, limits)
+    models = ModelImporter(blobs, registry, egress, work, places.hub_endpoint, limits)
     links = FileLinks(await signing_key(documents), _now_ms)
     return StorageServicer(blobs, References(store), datasets, registry, catalogue, links, models), catalogue
 

@@ -6,12 +6,16 @@ from typing import Any
 from likeness.storage.v1.artifact_pb2 import Blob
 from likeness.storage.v1.model_pb2 import Model
 from likeness.storage.v1.storage_service_pb2 import (
+    BeginUploadRequest,
+    BeginUploadResponse,
     CreateDatasetRequest,
     CreateDatasetResponse,
     CreateFileLinkRequest,
     CreateFileLinkResponse,
     DeleteModelRequest,
     DeleteModelResponse,
+    FinishUploadRequest,
+    FinishUploadResponse,
     GetBlobRequest,
     GetBlobResponse,
     GetDatasetRequest,
@@ -77,15 +81,26 @@ class StorageServicer(StorageServiceServicer):
         return GetBlobResponse(blob=await self._blobs.get(request.key, request.project_id))
 
     async def ReadBlob(self, request: ReadBlobRequest, context: Any) -> AsyncIterator[ReadBlobResponse]:
-        """Streams a blob's bytes."""
+        """Streams a blob's bytes, or says where they are."""
         blob = await self._blobs.get(request.key)
-        yield ReadBlobResponse(blob=blob)
+        url = self._blobs.url(blob) if request.accept_url else ""
+        yield ReadBlobResponse(blob=blob, url=url)
+        if url:
+            return
         async for piece in self._blobs.read(request.key, request.offset_bytes, request.limit_bytes):
             yield ReadBlobResponse(data=piece)
 
     async def WriteBlob(self, requests: AsyncIterator[WriteBlobRequest], context: Any) -> WriteBlobResponse:
         """Stores bytes under their digest."""
         return WriteBlobResponse(blob=await self._blobs.write(requests))
+
+    async def BeginUpload(self, request: BeginUploadRequest, context: Any) -> BeginUploadResponse:
+        """Says where the parts of a blob go."""
+        return BeginUploadResponse(upload=await self._blobs.begin_upload(request.header))
+
+    async def FinishUpload(self, request: FinishUploadRequest, context: Any) -> FinishUploadResponse:
+        """Makes a blob of its parts."""
+        return FinishUploadResponse(blob=await self._blobs.finish_upload(request.header, request.upload_id))
 
     async def PutRef(self, request: PutRefRequest, context: Any) -> PutRefResponse:
         """Writes a reference."""

@@ -30,7 +30,7 @@ class NatsServer:
 
     def __init__(self, folder: Path, sync_always: bool = True, more: str = "") -> None:
         self.folder = folder
-        self._port, self._monitor_port = _free_ports(2)
+        self._port, self._monitor_port = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
         self._config = folder / "nats.conf"
         sync = "sync_interval: always" if sync_always else ""
@@ -125,7 +125,7 @@ class NatsCluster:
     NAMES = ("a", "b", "c")
 
     def __init__(self, folder: Path, unsynced: Sequence[str] = ()) -> None:
-        routes = dict(zip(self.NAMES, _free_ports(3), strict=True))
+        routes = dict(zip(self.NAMES, free_ports(3), strict=True))
         addresses = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes.values())
         user, password = SYSTEM_USER.split(":")
         accounts = (
@@ -176,7 +176,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

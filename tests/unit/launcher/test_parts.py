@@ -116,6 +116,13 @@ def test_only_storage_may_reach_the_example_pictures(tmp_path: Path) -> None:
     assert set(allowed.values()) == {""}
 
 
+def test_only_storage_gets_the_keys_of_the_bucket(tmp_path: Path) -> None:
+    environ = {"LIKENESS_S3_SECRET_KEY": "secret", "LIKENESS_ARTIFACTS": "s3:https://store.example/likeness"}
+    programs = [program for stage in plan.stages(settings(), Home(tmp_path), environ) for program in stage]
+    holders = [program.name for program in programs if "LIKENESS_S3_SECRET_KEY" in program.environ]
+    assert holders == ["storage"]
+
+
 def test_an_own_job_log_needs_no_nats_server(tmp_path: Path) -> None:
     stages = plan.stages(settings(nats_url="nats://elsewhere:4222"), Home(tmp_path), {})
     assert "nats" not in [program.name for stage in stages for program in stage]

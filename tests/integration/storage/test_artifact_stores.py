@@ -1,38 +1,39 @@
-"""One suite over every ArtifactStore, and what only the folder has to prove: whole files whatever happens."""
+"""One suite over every ArtifactStore: a folder, memory, and a bucket of a real S3 server."""
 
 import asyncio
 import hashlib
-import os
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from services.adapters.folder_artifacts import STAGING, FolderArtifactStore
+from services.adapters.folder_artifacts import FolderArtifactStore
 from services.adapters.memory_artifacts import InMemoryArtifactStore
-from services.domain.artifacts import CHUNK_BYTES, blob_key, digest_of_key, ref_key
-from services.domain.errors import AlreadyExists, InvalidSpec, NotFound, Unavailable
+from services.adapters.s3_artifacts import S3ArtifactStore
+from services.adapters.s3_requests import S3Requests
+from services.domain.artifacts import CHUNK_BYTES, blob_key, ref_key
+from services.domain.errors import AlreadyExists, InvalidSpec, NotFound
 from services.domain.ports import ArtifactStore
+from tests.integration.s3_server import BUCKET, S3Server
 
 DATA = bytes(range(256)) * 4200  # 1 075 200 bytes: two pieces
 DIGEST = hashlib.sha256(DATA).hexdigest()
 KEY = blob_key("dev", DIGEST)
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ArtifactStore]:
+@pytest.fixture(params=["folder", "memory", "s3"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ArtifactStore]:
     if request.param == "memory":
         yield InMemoryArtifactStore()
-        return
-    folder = FolderArtifactStore(tmp_path / "store")
-    yield folder
-    folder.close()
+    elif request.param == "folder":
+        folder = FolderArtifactStore(tmp_path / "store")
+        yield folder
+        folder.close()
+    else:
+        server: S3Server = request.getfixturevalue("bucket_server")
+        bucket = S3ArtifactStore(S3Requests(server.bucket(BUCKET)), tmp_path / "staging")
+        yield bucket
+        await bucket.close()
 
 
 @pytest.fixture
@@ -56,6 +57,16 @@ async def test_a_stored_file_is_read_back(store: ArtifactStore, source: Path) ->
     assert await contents(store, KEY) == DATA
     assert info is not None
     assert (info.key, info.size_bytes) == (KEY, len(DATA))
+
+
+async def test_an_empty_file_is_an_object(store: ArtifactStore, tmp_path: Path) -> None:
+    empty, key = tmp_path / "empty", blob_key("dev", hashlib.sha256(b"").hexdigest())
+    empty.touch()
+    await store.put_file(key, empty)
+    info = await store.stat(key)
+    assert info is not None
+    assert info.size_bytes == 0
+    assert await contents(store, key) == await contents(store, key, 0, 16) == b""
 
 
 async def test_the_source_may_change_after_it_was_stored(store: ArtifactStore, source: Path) -> None:
@@ -180,92 +191,3 @@ async def test_a_key_that_is_no_key_is_refused(store: ArtifactStore, source: Pat
         await store.get_document(key)
     with pytest.raises(InvalidSpec):
         await store.delete(key)
-
-
-async def test_a_staged_file_is_taken_without_a_copy(tmp_path: Path) -> None:
-    store = FolderArtifactStore(tmp_path)
-    staged = store.staging / "upload"
-    staged.write_bytes(DATA)
-    await store.put_file(KEY, staged)
-    assert (tmp_path / KEY).stat().st_ino == staged.stat().st_ino
-    staged.unlink()
-    assert await contents(store, KEY) == DATA
-    store.close()
-
-
-async def test_nothing_staged_stays_after_a_write(tmp_path: Path, source: Path) -> None:
-    store = FolderArtifactStore(tmp_path / "store")
-    await store.put_file(KEY, source)
-    await store.put_document("a/b", b"x", create_only=False)
-    with pytest.raises(AlreadyExists):
-        await store.put_document("a/b", b"x", create_only=True)
-    assert [path.name for path in store.staging.iterdir()] == ["lock"]
-    store.close()
-    assert list((tmp_path / "store" / STAGING).iterdir()) == []
-
-
-async def test_a_disk_that_fails_is_unavailable(tmp_path: Path) -> None:
-    store = FolderArtifactStore(tmp_path / "store")
-    (tmp_path / "store" / "a").write_text("a file where a folder should be")
-    with pytest.raises(Unavailable):
-        await store.put_document("a/b", b"x", create_only=False)
-    store.close()
-
-
-async def test_sweeping_leaves_the_staging_of_the_living(tmp_path: Path) -> None:
-    one = FolderArtifactStore(tmp_path)
-    two = FolderArtifactStore(tmp_path)
-    assert two.sweep() == 0
-    assert one.staging.is_dir()
-    one.close()
-    two.close()
-
-
-WRITER = textwrap.dedent(
-    """
-    import asyncio, hashlib, itertools, os, sys
-    from pathlib import Path
-    from services.adapters.folder_artifacts import FolderArtifactStore
-    from services.domain.artifacts import blob_key
-
-    async def main() -> None:
-        store = FolderArtifactStore(Path(sys.argv[1]))
-        print("writing", flush=True)
-        for number in itertools.count():
-            data = os.urandom(300_000)
-            staged = store.staging / f"upload-{number}"
-            staged.write_bytes(data)
-            await store.put_file(blob_key("dev", hashlib.sha256(data).hexdigest()), staged)
-            text = hashlib.sha256(b"%d" % number).hexdigest() * 100
-            await store.put_document("shared/refs/kind/name", text.encode(), create_only=False)
-
-    asyncio.run(main())
-    """
-)
-
-
-def write_until_killed(root: Path, seconds: float) -> None:
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(root)], stdout=subprocess.PIPE, env=environ
-    ) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(seconds)
-        writer.send_signal(signal.SIGKILL)
-
-
-async def test_a_writer_killed_at_any_moment_leaves_no_half_object(tmp_path: Path) -> None:
-    moments = random.Random(7)
-    for _ in range(6):
-        await asyncio.to_thread(write_until_killed, tmp_path, moments.uniform(0.02, 0.15))
-    store = FolderArtifactStore(tmp_path)
-    blobs = await keys(store, "projects/")
-    assert len(blobs) > 6
-    for key in blobs:
-        assert hashlib.sha256(await contents(store, key)).hexdigest() == digest_of_key(key)
-    document = await store.get_document("shared/refs/kind/name")
-    assert document is not None
-    assert document == document[:64] * 100
-    assert list((tmp_path / STAGING).iterdir()) == [store.staging]
-    store.close()
