@@ -192,10 +192,10 @@ class GrpcServer:
     async def run_until_signalled(
         self, *work: Coroutine[Any, Any, None], stopping: asyncio.Event | None = None
     ) -> None:
-        """Works until SIGTERM or SIGINT comes, or until a piece of work fails.
+        """Works until SIGTERM or SIGINT comes, all work is done, or a piece of it fails.
 
         Args:
-            work: what runs beside the calls; it is cancelled at the end.
+            work: what runs beside the calls, if anything; it is cancelled at the end.
             stopping: set at the signal. With it the work gets the grace to end by itself before it is cancelled.
 
         Raises:
@@ -221,11 +221,11 @@ def _on_signals(event: asyncio.Event) -> None:
 
 
 async def _first_failure_or(event: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
-    """Returns when the event is set; raises what a task raised before that."""
+    """Returns when the event is set or all tasks, if there are any, are done; raises what one raised before that."""
     waiting = asyncio.create_task(event.wait())
     pending: set[asyncio.Task[Any]] = {waiting, *tasks}
     try:
-        while waiting in pending:
+        while waiting in pending and (len(pending) > 1 or not tasks):
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()

@@ -47,6 +47,7 @@ async def run_worker(settings: TrainerWorkerSettings) -> None:
                 work_root=settings.cache_path / "work",
                 checkpoint_interval_s=settings.checkpoint_s,
                 grace_s=settings.grace_s * GRACE_SHARE,
+                one_job_within_s=settings.one_job_within_s,
             )
             await health.run_until_signalled(worker.run(stopping), stopping=stopping)
     finally:

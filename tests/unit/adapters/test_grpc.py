@@ -263,6 +263,17 @@ async def test_work_gets_its_grace_before_it_is_cancelled(server: GrpcServer) ->
     assert done == ["checkpoint"]
 
 
+async def test_work_that_is_done_ends_the_process_when_none_is_left(server: GrpcServer) -> None:
+    done: list[str] = []
+
+    async def work(name: str, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        done.append(name)
+
+    await asyncio.wait_for(server.run_until_signalled(work("first", 0), work("second", 0.05)), 5)
+    assert done == ["first", "second"]
+
+
 async def test_failed_work_ends_the_process_with_its_error(server: GrpcServer) -> None:
     async def broken() -> None:
         raise ValueError("lost")
