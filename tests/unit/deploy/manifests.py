@@ -91,6 +91,13 @@ def _definitions(folder: str) -> Registry:
 
 def schema_faults(manifest: Manifest) -> list[str]:
     """What a manifest's schema says against it; unknown fields are faults, and so is a kind without a schema."""
+    if manifest["kind"] == "ScaledJob":
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": manifest["metadata"]}
+        return _faults_of(manifest) + _faults_of(job | {"spec": manifest["spec"]["jobTargetRef"]})
+    return _faults_of(manifest)
+
+
+def _faults_of(manifest: Manifest) -> list[str]:
     name = f"{manifest['kind']}/{manifest['metadata']['name']}"
     try:
         found = _validator(manifest["apiVersion"], manifest["kind"]).iter_errors(manifest)

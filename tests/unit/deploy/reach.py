@@ -11,8 +11,14 @@ Labels = dict[str, str]
 
 def _matches(selector: dict[str, Any] | None, labels: Labels) -> bool:
     assert selector is not None
-    assert set(selector) <= {"matchLabels"}, "selectors by expression are not understood here"
-    return all(labels.get(name) == value for name, value in selector.get("matchLabels", {}).items())
+    return all(labels.get(name) == value for name, value in selector.get("matchLabels", {}).items()) and all(
+        _expressed(each, labels) for each in selector.get("matchExpressions", ())
+    )
+
+
+def _expressed(expression: dict[str, Any], labels: Labels) -> bool:
+    assert expression["operator"] == "In", "no other operator is understood here"
+    return labels.get(expression["key"]) in expression["values"]
 
 
 def _allows_port(rule: dict[str, Any], port: int) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from services.adapters.settings import CONFIGURATION_FAULT
+from services.jobs.scaler import METRICS, metric_of, target_of
 from tests.unit.deploy.manifests import (
     COMPONENTS,
     K8S,
@@ -14,6 +16,7 @@ from tests.unit.deploy.manifests import (
     WORKLOADS,
     Manifest,
     composed,
+    environ_of,
     named,
     of_kind,
     pod_of,
@@ -24,7 +27,7 @@ from tests.unit.deploy.manifests import (
 from tests.unit.deploy.policy import policy_faults
 from tests.unit.deploy.reach import calls, others_may_call, reaches_address
 
-TOGETHER = [name for name in COMPONENTS if name not in {"hpa", "ingress", "model-cache"}]
+TOGETHER = [name for name in COMPONENTS if name not in {"hpa", "ingress", "model-cache", "keda"}]
 """Components that no overlay shows; production has the others."""
 
 CALLS = {
@@ -105,8 +108,12 @@ def test_only_gateway_and_storage_reach_the_web_and_nobody_a_private_network(
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_only_the_edge_is_called_from_other_namespaces(overlay: str) -> None:
-    assert others_may_call(rendered(overlay)) == {("gateway", "{'likeness/edge': 'true'}")}
+def test_only_the_edge_and_the_autoscaler_s_numbers_are_called_from_other_namespaces(overlay: str) -> None:
+    assert others_may_call(rendered(overlay)) == {
+        ("gateway", "{'likeness/edge': 'true'}"),
+        ("trainer-api", "{'kubernetes.io/metadata.name': 'keda'}"),
+        ("inference-api", "{'kubernetes.io/metadata.name': 'keda'}"),
+    }
 
 
 def places(manifests: Sequence[Manifest], name: str) -> tuple[str, set[str]]:
@@ -127,6 +134,49 @@ def test_on_one_gpu_both_kinds_of_workers_share_the_pool() -> None:
     assert (
         places(manifests, "trainer-worker") == places(manifests, "inference-worker") == ("shared", {"shared"})
     )
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_workers_come_from_none_with_the_jobs_that_their_api_tells_of(overlay: str) -> None:
+    manifests = rendered(overlay)
+    trainings = named(manifests, "ScaledJob", "trainer-worker")["spec"]
+    drawings = named(manifests, "ScaledObject", "inference-worker")["spec"]
+    assert trainings["minReplicaCount"] == drawings["minReplicaCount"] == 0
+    assert "replicas" not in named(manifests, "Deployment", drawings["scaleTargetRef"]["name"])["spec"]
+    for scaled, api, port in ((trainings, "trainer-api", 8101), (drawings, "inference-api", 8102)):
+        for trigger in scaled["triggers"]:
+            metadata = trigger["metadata"]
+            assert trigger["type"] == "external"
+            assert metadata["scalerAddress"] == f"{api}.likeness:{port}"
+            assert metric_of(metadata) in METRICS
+            assert target_of(metadata) > 0
+        assert named(manifests, "Service", api)["spec"]["ports"][0]["port"] == port
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_trainer_s_pod_does_one_training_and_a_disruption_is_no_failure(overlay: str) -> None:
+    manifests = rendered(overlay)
+    trainer = named(manifests, "ScaledJob", "trainer-worker")
+    job = trainer["spec"]["jobTargetRef"]
+    rules = {rule["action"]: rule for rule in job["podFailurePolicy"]["rules"]}
+    assert float(environ_of(manifests, trainer)["LIKENESS_ONE_JOB_WITHIN_S"]) > 0
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert rules["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert rules["FailJob"]["onExitCodes"]["values"] == [CONFIGURATION_FAULT]
+    assert rules["FailJob"]["onExitCodes"]["containerName"] == pod_of(trainer)["containers"][0]["name"]
+
+
+def test_on_one_gpu_one_worker_is_there_at_a_time() -> None:
+    manifests = rendered("small")
+    assert [each["spec"]["maxReplicaCount"] for each in of_kind(manifests, "ScaledJob", "ScaledObject")] == [
+        1,
+        1,
+    ]
+    devices = [
+        pod_of(workload(manifests, name))["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        for name in ("trainer-worker", "inference-worker")
+    ]
+    assert devices == ["1", "1"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -295,6 +345,16 @@ MISSHAPEN: dict[str, tuple[str, str, Callable[[dict[str, Any]], object]]] = {
     "unknown field": ("Deployment", "gateway", lambda m: m["spec"].update(replica=2)),
     "wrong type": ("Deployment", "gateway", lambda m: m["spec"].update(minReadySeconds="soon")),
     "no selector": ("StatefulSet", "nats", lambda m: m["spec"].pop("selector")),
+    "a job's unknown field": (
+        "ScaledJob",
+        "trainer-worker",
+        lambda m: m["spec"]["jobTargetRef"].update(tries=2),
+    ),
+    "a trigger's number": (
+        "ScaledObject",
+        "inference-worker",
+        lambda m: m["spec"]["triggers"][0]["metadata"].update(target=4),
+    ),
     "unknown kind": ("Service", "nats", lambda m: m.update(apiVersion="likeness.example/v1")),
 }
 
