@@ -62,7 +62,7 @@ def pack(weights: LoraWeights, dtype: torch.dtype) -> PackedLora:
         modules[name] = Factors(views[0], views[1], alpha=float(views[0].shape[0]))
     if not bool(torch.isfinite(buffer).all()):
         raise BadInput(f"the LoRA cannot be used: it holds values that are too large for {dtype}")
-    return PackedLora(buffer, LoraWeights(modules, weights.metadata))
+    return PackedLora(buffer, LoraWeights(modules))
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -104,7 +104,8 @@ def fit(model: nn.Module, lora: PackedLora, part: Part) -> FittedLora:
     matrices = {}
     for name, module in found.items():
         a, b = moved(factors_of[name].a), moved(factors_of[name].b)
-        matrices[module] = (a if _has_kernel(module) else a.flatten(1), b.flatten(1))
+        shape = module.weight.shape[1:] if _has_kernel(module) else (-1,)
+        matrices[module] = (a.view(a.shape[0], *shape), b.flatten(1))
     return FittedLora(model, matrices)
 
 
@@ -196,10 +197,10 @@ class _Products:
             change = torch.bmm(torch.bmm(flat, a.transpose(1, 2)), b.transpose(1, 2))
             return change.view(*x.shape[:-1], -1)
         if a.ndim == 3:
-            inner = torch.bmm(a, x.flatten(2)).unflatten(2, x.shape[2:])  # [n, r, h, w]
+            inner = torch.bmm(a, x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])  # [n, r, h, w]
         else:
             inner = _convolved(module, x, a)
-        return torch.bmm(b, inner.flatten(2)).unflatten(2, inner.shape[2:])
+        return torch.bmm(b, inner.flatten(2)).view(x.shape[0], -1, *inner.shape[2:])
 
 
 def _convolved(module: nn.Conv2d, x: Tensor, a: Tensor) -> Tensor:

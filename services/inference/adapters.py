@@ -82,22 +82,21 @@ class AdapterStore:
         Raises:
             BadInput: naming the LoRA that cannot be read, or does not fit the model.
         """
-        wanted = [file for file in files if file.strength]
+        wanted = [(file, self._packed_of(file)) for file in files if file.strength]
         parts: Mapping[Part, nn.Module] = {"unet": components.unet, "text_encoder": components.text_encoder}
         worn = {
-            part: tuple((self._fitted_to(module, part, file), file.strength) for file in wanted)
+            part: tuple((self._fitted_to(module, part, file, lora), file.strength) for file, lora in wanted)
             for part, module in parts.items()
         }
         return WornLoras(**{part: _effective(pairs) for part, pairs in worn.items()})
 
-    def _fitted_to(self, module: nn.Module, part: Part, file: LoraFile) -> FittedLora:
+    def _fitted_to(self, module: nn.Module, part: Part, file: LoraFile, lora: PackedLora) -> FittedLora:
         # A fitted LoRA keeps its model, whose id therefore means no other one while this entry is here.
         key = (file.digest, id(module), part)
-        packed = self._packed_of(file)
         fitted = self._fitted.get(key)
         if fitted is None:
             try:
-                fitted = self._fitted[key] = fit(module, packed, part)
+                fitted = self._fitted[key] = fit(module, lora, part)
             except BadInput as error:
                 raise _named(file, error) from error
         return fitted

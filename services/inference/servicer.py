@@ -2,16 +2,16 @@
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from typing import Protocol
 
 import grpc
 from likeness.inference.v1 import inference_service_pb2 as pb
-from likeness.inference.v1.generation_job_pb2 import GenerationJob, GenerationSpec
+from likeness.inference.v1.generation_job_pb2 import Embedding, GenerationJob, GenerationSpec, LoraWeight
 from likeness.inference.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from likeness.job.v1.job_pb2 import JobState as WireState
 from likeness.storage.v1.artifact_pb2 import Dataset
-from likeness.storage.v1.model_pb2 import Model
+from likeness.storage.v1.model_pb2 import Model, ModelManifest
 from likeness.training.v1.training_job_pb2 import ArtifactKeys, ImageSource
 
 from services.domain.add_ons import embedding_fault, lora_fault
@@ -86,19 +86,31 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def _settle_add_ons(self, project: str, spec: GenerationSpec, model: Model) -> None:
         """Fixes the weights of LoRAs and embeddings, as those of the model."""
-        kinds = {"loras": (spec.loras, lora_fault), "embeddings": (spec.embeddings, embedding_fault)}
-        faults = []
-        for field, (entries, fault_of) in kinds.items():
-            for index, entry in enumerate(entries):
-                fault = "does not exist"
-                with contextlib.suppress(NotFound):
-                    found = await self._models.get_model(project, entry.model)
-                    entry.model_digest = found.manifest_digest
-                    fault = fault_of(found.manifest, model.manifest)
-                if fault:
-                    faults.append(Violation(f"{field}[{index}].model", f"'{entry.model}' {fault}"))
+        faults = [
+            *await self._settled(project, "loras", spec.loras, lora_fault, model),
+            *await self._settled(project, "embeddings", spec.embeddings, embedding_fault, model),
+        ]
         if faults:
             raise InvalidSpec(faults)
+
+    async def _settled(
+        self,
+        project: str,
+        field: str,
+        entries: Iterable[LoraWeight | Embedding],
+        fault_of: Callable[[ModelManifest, ModelManifest], str],
+        model: Model,
+    ) -> list[Violation]:
+        faults = []
+        for index, entry in enumerate(entries):
+            fault = "does not exist"
+            with contextlib.suppress(NotFound):
+                found = await self._models.get_model(project, entry.model)
+                entry.model_digest = found.manifest_digest
+                fault = fault_of(found.manifest, model.manifest)
+            if fault:
+                faults.append(Violation(f"{field}[{index}].model", f"'{entry.model}' {fault}"))
+        return faults
 
     async def _model(self, project: str, name: str) -> Model:
         try:

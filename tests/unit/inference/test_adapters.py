@@ -127,8 +127,8 @@ def test_picture_is_the_one_of_the_lora_merged_into_the_weights(
     run([worn], cap=1)
     weights = read_lora(files[1].path)
     merges = [
-        merge(module, weights, part=part, strength=0.7)
-        for part, module in (("unet", components.unet), ("text_encoder", components.text_encoder))
+        merge(components.unet, weights, part="unet", strength=0.7),
+        merge(components.text_encoder, weights, part="text_encoder", strength=0.7),
     ]
     try:
         merged = slot_of(components, BASE, NO_LORAS)
