@@ -115,7 +115,7 @@ async def _answer(
     import aiohttp
     from yarl import URL
 
-    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S, sock_read=SILENCE_S)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
     skipped = ["Accept-Encoding", "Content-Type"]
     try:
         async with (

@@ -127,11 +127,13 @@ class S3Requests:
                 continue
             # A store may report a failure of a long operation in the body of a 200.
             busy = answer.status in BUSY or answer.code in BUSY_CODES
-            if not busy and answer.status in expected:
-                return answer
-            if not busy:
+            if busy:
+                why = f"{answer.status} {answer.code}"
+                continue
+            # Without its bucket nothing can be told of an object, and least of all that it is absent.
+            if answer.status not in expected or answer.code == "NoSuchBucket":
                 raise RefusedByStore(answer.status, answer.code)
-            why = f"{answer.status} {answer.code}"
+            return answer
         raise Unavailable(f"the artifact store does not answer ({why.strip()})")
 
     @asynccontextmanager
@@ -176,7 +178,7 @@ class S3Requests:
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S, sock_read=SILENCE_S)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
             self._session = aiohttp.ClientSession(
                 timeout=timeout,
                 auto_decompress=False,

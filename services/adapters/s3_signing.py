@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 
-from minio.credentials import Credentials
+from minio.credentials.credentials import Credentials
 from minio.signer import presign_v4, sign_v4_s3
 
 EMPTY_SHA256: Final = hashlib.sha256(b"").hexdigest()
@@ -51,23 +51,22 @@ class Bucket:
             sha256: digest of the body, lower-case hexadecimal: the store refuses any other body.
         """
         now, parts = datetime.now(UTC), urlsplit(url)
-        signed = {
+        unsigned: dict[str, str | list[str] | tuple[str]] = {
             **headers,
             "Host": parts.netloc,
             "x-amz-content-sha256": sha256,
             "x-amz-date": now.strftime("%Y%m%dT%H%M%SZ"),
         }
-        return dict(
-            sign_v4_s3(
-                method=method,
-                url=parts,
-                region=self.region,
-                headers=dict(signed),
-                credentials=self._credentials(),
-                content_sha256=sha256,
-                date=now,
-            )
+        signed = sign_v4_s3(
+            method=method,
+            url=parts,
+            region=self.region,
+            headers=unsigned,
+            credentials=self._credentials(),
+            content_sha256=sha256,
+            date=now,
         )
+        return {name: str(value) for name, value in signed.items()}
 
     def presigned(self, method: str, url: str, life_s: int) -> str:
         """An address that anybody may use for one method until it expires.

@@ -60,6 +60,8 @@ IMPORT_TIMEOUT_S = 1800.0
 MODEL_TIMEOUT_S = 1800.0
 """The first use of a model from the hub waits for its download."""
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+UPLOAD_TIMEOUT_S = 120.0
+"""A store may take long to make one object of many parts."""
 DIRECT_AGAIN_S = 300.0
 """After a straight transfer has failed, bytes go through storage for so long."""
 TRANSFER_TRIES = 6
@@ -246,14 +248,14 @@ class StorageClient:
 
     async def _send_direct(self, header: BlobHeader, path: Path) -> Blob | None:
         """Sends a file straight to the store; None when the store takes no such uploads."""
-        begun = await self._stub.BeginUpload(BeginUploadRequest(header=header))
+        begun = await self._stub.BeginUpload(BeginUploadRequest(header=header), timeout=UPLOAD_TIMEOUT_S)
         if not begun.HasField("upload"):
             return None
         digest = await direct_transfer.upload(path, begun.upload.part_urls, begun.upload.part_bytes)
         if digest != header.digest:
             raise BadInput(f"the file {path.name} changed while it was sent")
         request = FinishUploadRequest(header=header, upload_id=begun.upload.upload_id)
-        blob: Blob = (await self._stub.FinishUpload(request)).blob
+        blob: Blob = (await self._stub.FinishUpload(request, timeout=UPLOAD_TIMEOUT_S)).blob
         return blob
 
     async def _stored_already(self, header: BlobHeader) -> Blob | None:
