@@ -141,8 +141,12 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Path, *, with_optimizer: bool = True) -> Checkpoint:
     """Reads one checkpoint folder and checks every byte of it.
+
+    Args:
+        folder: the checkpoint.
+        with_optimizer: false leaves the optimizer's tensors out, which are twice as large as the weights.
 
     Raises:
         CheckpointDamaged: a file is missing, cut or altered.
@@ -155,7 +159,8 @@ def read(folder: Path) -> Checkpoint:
             if _described(folder / described["name"], flush=False) != described:
                 raise CheckpointDamaged(f"{folder.name}: {described['name']} does not fit the manifest")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+        weights = load_file(folder / WEIGHTS)
+        optimizer = load_file(folder / OPTIMIZER) if with_optimizer else {}
         listed = {described["name"] for described in manifest["files"]}
         average = load_file(folder / AVERAGE) if AVERAGE in listed else {}
         scalars = state.pop("optimizer_scalars")

@@ -121,10 +121,17 @@ class VersionUploads:
         note = f"made while its training went on, after {step} updates"
         base = self._base
         manifest = model_manifest(base.manifest, base.manifest_key, files, spec, lineage, note, exports)
-        model, name = version_id(handle.job_id, step), f"{spec.model_name or handle.job_id}, {step} updates"
+        model, name = (
+            version_id(handle.job_id, step),
+            f"{spec.model_name or handle.job_id}, after update {step}",
+        )
         try:
             await storage.register_model(handle.project_id, model, manifest, name)
         except AlreadyExists:
+            there = await storage.get_model(handle.project_id, model)
+            if there.manifest.lineage.job_id != handle.job_id:
+                self._remark(step, f"{model} is the id of another model")
+                return
             # Of an attempt that could not tell it any more; its weights are as good as these.
             logger.info("version is there already", extra={"model": model})
         await handle.version(model, step)

@@ -33,7 +33,7 @@ def publish_version(run: Run, checkpoint: Path, observer: Observer) -> Outcome:
         ExportMismatch: what was written is not what was trained.
     """
     observer.stage(Stage.EXPORTING)
-    found = checkpoints.read(checkpoint)
+    found = checkpoints.read(checkpoint, with_optimizer=False)
     model = load_trained_model(run, resolve_execution(run.spec, run.device))
     checkpoints.restore_weights(found, model.parameters)
     average = MovingAverage(model.parameters, run.spec.ema_decay)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ class RunningWorker:
 
 @asynccontextmanager
 async def open_platform(
-    folder: Path, models: Path | None = None, reachable: str = "", **storage_settings: Any
+    folder: Path, models: Path | None = None, reachable: tuple[IPv4Network, ...] = (), **storage_settings: Any
 ) -> AsyncIterator[Platform]:
     """Storage and api on free ports.
 

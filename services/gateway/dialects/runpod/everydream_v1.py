@@ -11,7 +11,6 @@ from likeness.inference.v1 import generation_job_pb2
 from likeness.training.v1 import training_job_pb2 as pb
 
 from services.domain.errors import Violation
-from services.domain.generation_spec import UNOFFERED_SCHEDULERS
 from services.domain.rules import Range
 from services.domain.training_spec import (
     EVERYDREAM_RESOLUTIONS,
@@ -40,6 +39,9 @@ BUILT_IN_MODEL = "sd_v1-5_vae.ckpt"
 MAX_LISTED = 500
 """Pictures drawn while training that an output names, the newest; each takes a link, and clients wait for 3 s."""
 
+VERSION_MINUTES = 20
+"""What the absence of `ckpt_every_n_minutes` means here; elsewhere a training that does not ask has no versions."""
+
 _MOST_STEPS = 2**31 - 1
 _SHARE = Range("", 0, 1)
 _MIXED_PRECISION = {True: pb.MIXED_PRECISION_UNSPECIFIED, False: pb.MIXED_PRECISION_NO}
@@ -51,7 +53,7 @@ _SCHEDULES = {
     "cosine": pb.LEARNING_RATE_SCHEDULE_COSINE,
     "polynomial": pb.LEARNING_RATE_SCHEDULE_POLYNOMIAL,
 }
-_NAMED_SCHEDULERS = {
+_SCHEDULERS = {
     "DDIM": generation_job_pb2.SCHEDULER_DDIM,
     "DDPM": generation_job_pb2.SCHEDULER_DDPM,
     "DPM-M": generation_job_pb2.SCHEDULER_DPM_SOLVER_MULTISTEP,
@@ -65,7 +67,6 @@ _NAMED_SCHEDULERS = {
     "PNDM": generation_job_pb2.SCHEDULER_PNDM,
     "K-LMS": generation_job_pb2.SCHEDULER_LMS_DISCRETE,
 }
-_SCHEDULERS = {name: value for name, value in _NAMED_SCHEDULERS.items() if value not in UNOFFERED_SCHEDULERS}
 _SCHEDULER_NAMES = {value: name for name, value in _SCHEDULERS.items()}
 _SIZES = (128, 256, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960, 1024)
 
@@ -90,7 +91,7 @@ TRAIN = (
         "publish_every_minutes",
         0,
         _MOST_STEPS,
-        20,
+        VERSION_MINUTES,
         "Minutes of training between two models of its present weights; 0: the finished model only.",
     ),
     number(
@@ -235,6 +236,7 @@ def _read_train(translation: Translation, given: Any) -> None:
         return
     values = translation.read(given, TRAIN, Place(spec, path="train."), strict=True).values
     source.archive_url = values.get("data_url", "")
+    spec.publish_every_minutes = values.get("ckpt_every_n_minutes", VERSION_MINUTES)
     if values.get("disable_textenc_training") and values.get("disable_unet_training"):
         rule = "must be false when disable_unet_training is true"
         translation.faults.append(Violation("train.disable_textenc_training", rule))
