@@ -8,14 +8,16 @@ from typing import Any
 
 from likeness.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from likeness.scaling.v1.external_scaler_pb2_grpc import add_ExternalScalerServicer_to_server
+from likeness.storage.v1.artifact_pb2 import Dataset
 from likeness.storage.v1.model_pb2 import Model, ModelFormat
+from likeness.training.v1.training_job_pb2 import ImageSource
 from likeness.training.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from likeness.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
 from services.adapters.clock import RealClock
 from services.adapters.grpc_client import Channel
 from services.adapters.grpc_server import GrpcServer
-from services.domain.errors import NotFound
+from services.domain.errors import BadInput, NotFound
 from services.domain.job import JobKind
 from services.inference.servicer import InferenceServicer
 from services.jobs.core import JobCore, Platform
@@ -44,6 +46,9 @@ class OneModel:
             found.manifest.format = ModelFormat.MODEL_FORMAT_LORA
             found.manifest.components.add(path="unet/lora-000.safetensors")
         return found
+
+    async def import_dataset(self, project: str, source: ImageSource) -> Dataset:
+        raise BadInput("the list holds no readable image", source.field)
 
 
 class Api:
