@@ -1,7 +1,8 @@
 """Noise schedulers: the one table from canonical names to classes, and one picture's walk along its timesteps.
 
-The library's scheduler objects carry state from step to step. Every picture therefore gets an object and a random
-generator of its own, which lets pictures with different schedulers and step counts share one call of the UNet.
+Most are the library's, three are our own with the same methods. Their objects carry state from step to step. Every
+picture therefore gets an object and a random generator of its own, which lets pictures with different schedulers and
+step counts share one call of the UNet.
 """
 
 import math
@@ -15,6 +16,12 @@ import torch
 from likeness.inference.v1 import generation_job_pb2 as pb
 from torch import Tensor
 
+from services.diffusion.own_schedulers import (
+    IPNDMScheduler,
+    KarrasVeScheduler,
+    ScoreSdeVeScheduler,
+    SigmaScheduler,
+)
 from services.domain.errors import InvalidSpec
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -24,7 +31,7 @@ _LATENT_MODELS: Mapping[str, Any] = MappingProxyType({"clip_sample": False, "ste
 
 @dataclass(frozen=True, slots=True)
 class SamplerRow:
-    """What one canonical scheduler is in the library.
+    """What one canonical scheduler is.
 
     Attributes:
         cls: the class.
@@ -73,6 +80,9 @@ SAMPLERS: Mapping[int, SamplerRow] = MappingProxyType(
         pb.SCHEDULER_UNIPC_MULTISTEP: SamplerRow(diffusers.UniPCMultistepScheduler, karras=True),
         pb.SCHEDULER_DEIS_MULTISTEP: SamplerRow(diffusers.DEISMultistepScheduler, karras=True),
         pb.SCHEDULER_LCM: SamplerRow(diffusers.LCMScheduler, generator=True),
+        pb.SCHEDULER_IPNDM: SamplerRow(IPNDMScheduler),
+        pb.SCHEDULER_KARRAS_VE: SamplerRow(KarrasVeScheduler, generator=True),
+        pb.SCHEDULER_SCORE_SDE_VE: SamplerRow(ScoreSdeVeScheduler, generator=True),
     }
 )
 
@@ -202,7 +212,7 @@ def build_sampler(
             one. None: there is no picture.
 
     Raises:
-        InvalidSpec: the scheduler is not available, or cannot walk in this many steps.
+        InvalidSpec: there is no such scheduler, or it cannot walk in this many steps.
     """
     row = sampler_row(scheduler)
     library_object = row.cls.from_config(_configuration(row, schedule, use_karras_sigmas, algorithm))
@@ -230,7 +240,7 @@ def _last_part(row: SamplerRow, library_object: Any, skipped: int) -> Tensor:
     timesteps: Tensor = library_object.timesteps
     if row.repeats_second:
         # The library's pipelines cut the list with the repetition in it, after which the method is a step astray.
-        rest = timesteps.unique().flip(0)[skipped:]
+        rest = torch.cat([timesteps[:1], timesteps[2:]])[skipped:]
         return torch.cat([rest[:2], rest[1:]])
     begin = skipped * library_object.order
     if hasattr(library_object, "set_begin_index"):
@@ -242,13 +252,11 @@ def sampler_row(scheduler: int) -> SamplerRow:
     """The table's row for a canonical value; unspecified is DDIM.
 
     Raises:
-        InvalidSpec: the value is unknown or has no sampler here.
+        InvalidSpec: there is no such value.
     """
     row = SAMPLERS.get(scheduler or pb.SCHEDULER_DDIM)
     if row is None:
-        names = pb.Scheduler.DESCRIPTOR.values_by_number
-        name = names[scheduler].name.removeprefix("SCHEDULER_") if scheduler in names else str(scheduler)
-        raise InvalidSpec(f"{name} is not offered by this installation", "scheduler")
+        raise InvalidSpec(f"{scheduler} is not a value that is known", "scheduler")
     return row
 
 
@@ -260,7 +268,8 @@ def model_calls(scheduler: int, schedule: Mapping[str, Any], steps: int) -> int:
 def _configuration(
     row: SamplerRow, schedule: Mapping[str, Any], use_karras_sigmas: bool, algorithm: int
 ) -> dict[str, Any]:
-    known = set(row.cls._get_init_keys(row.cls))
+    configured = diffusers.DDIMScheduler if issubclass(row.cls, SigmaScheduler) else row.cls
+    known = set(configured._get_init_keys(configured))
     settings = {**schedule, **_LATENT_MODELS, **row.overrides}
     configuration = {key: value for key, value in settings.items() if key in known}
     if row.karras:

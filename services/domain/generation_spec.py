@@ -32,8 +32,6 @@ RANGES = (
 SIZES = (Range("width_px", 64, 2048, multiple=8), Range("height_px", 64, 2048, multiple=8))
 TEXTS = (("prompt", 4000), ("negative_prompt", 4000), ("passback", 1000))
 ENUMS = ("scheduler", "solver_algorithm", "safety_action", "image_format", "long_prompt_mode")
-UNOFFERED_SCHEDULERS = frozenset({pb.SCHEDULER_IPNDM, pb.SCHEDULER_KARRAS_VE, pb.SCHEDULER_SCORE_SDE_VE})
-"""Schedulers that the message can name and `services/diffusion/samplers.py` does not have."""
 UNOFFERED: tuple[tuple[str, Callable[[pb.GenerationSpec], Any]], ...] = (
     ("vae", lambda spec: spec.vae),
     ("self_attention_scale", lambda spec: spec.self_attention_scale > 0),
@@ -118,11 +116,7 @@ def check_offered(spec: pb.GenerationSpec, path: str = "") -> list[Violation]:
         path: what names the spec in violations, for instance ``samples[0].``.
     """
     wishes = [name for name, is_set in UNOFFERED if is_set(spec)]
-    faults = [Violation(path + name, "is not offered by this installation") for name in wishes]
-    if spec.scheduler in UNOFFERED_SCHEDULERS:
-        name = pb.Scheduler.Name(spec.scheduler).removeprefix("SCHEDULER_")
-        faults.append(Violation(path + "scheduler", f"{name} is not offered by this installation"))
-    return faults
+    return [Violation(path + name, "is not offered by this installation") for name in wishes]
 
 
 def _check_pictures(spec: pb.GenerationSpec, path: str) -> list[Violation]:

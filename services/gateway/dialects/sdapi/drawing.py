@@ -347,7 +347,8 @@ def spec_of(
         clip_skip=values.get("clip_skip", 0),
         loras=_loras(values),
         embeddings=[pb.Embedding(model=name) for name in values.get("embeddings_model", ())],
-        **{f"{name}_key": key for name, key in (keys or {}).items()},
+        init_image_key=(keys or {}).get("init_image", ""),
+        mask_image_key=(keys or {}).get("mask_image", ""),
     )
     if spec.init_image_key:
         spec.strength = values.get("strength", DEFAULT_STRENGTH)

@@ -44,10 +44,11 @@ SCHEDULERS: Mapping[str, Row] = {
     "DDIMInverseScheduler": Row(pb.SCHEDULER_DDIM, runs_as="DDIMScheduler"),
     "DEISMultistepScheduler": Row(pb.SCHEDULER_DEIS_MULTISTEP, karras=True),
     "LCMScheduler": Row(pb.SCHEDULER_LCM),
+    "IPNDMScheduler": Row(pb.SCHEDULER_IPNDM),
+    "KarrasVeScheduler": Row(pb.SCHEDULER_KARRAS_VE),
+    "ScoreSdeVeScheduler": Row(pb.SCHEDULER_SCORE_SDE_VE),
 }
 """What is served. DDIMInverse walks from a picture to noise, so DDIM runs in its place and the answer says so."""
-UNOFFERED = ("IPNDMScheduler", "KarrasVeScheduler", "ScoreSdeVeScheduler")
-"""Names of the vendor's list that no sampler here answers to."""
 
 _SDE = "dpmsolver+++"
 _KARRAS = " karras"
