@@ -105,7 +105,7 @@ class NatsServer:
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 break
-            if _answers(f"{self.monitor_url}/healthz"):
+            if answers(f"{self.monitor_url}/healthz"):
                 return
             time.sleep(0.02)
         raise RuntimeError(f"nats-server did not start:\n{(self.folder / 'server.log').read_text()[-2000:]}")
@@ -167,7 +167,7 @@ class NatsCluster:
         return [url.replace("nats://", f"nats://{SYSTEM_USER}@") for url in self.urls]
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=1) as answer:

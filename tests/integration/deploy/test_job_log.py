@@ -16,7 +16,7 @@ from services.adapters.jetstream_connection import NoAnswer
 from services.domain.errors import OutcomeUnknown
 from services.domain.job import JobKind
 from services.domain.ports import Beat, CaughtUp
-from tests.integration.nats_server import BINARY, _answers, free_ports
+from tests.integration.nats_server import BINARY, answers, free_ports
 from tests.unit.deploy.manifests import K8S, of_kind, rendered
 from tests.unit.jobs.harness import drawing, training
 
@@ -88,7 +88,7 @@ class RenderedServers:
     def wait_until_healthy(self, patience_s: float = 40.0) -> None:
         """Waits until every server says that it is well; fails with their logs when one does not."""
         end = time.monotonic() + patience_s
-        while not all(_answers(f"http://127.0.0.1:{port}/healthz") for port in self.monitors):
+        while not all(answers(f"http://127.0.0.1:{port}/healthz") for port in self.monitors):
             if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
                 logs = [path.read_text()[-1500:] for path in sorted(self.folder.glob("*/log"))]
                 pytest.fail("the job log does not start:\n" + "\n".join(logs))
@@ -97,7 +97,8 @@ class RenderedServers:
 
 @pytest.fixture
 def servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RenderedServers]:
-    running = RenderedServers(*request.param, tmp_path)
+    overlay, replicas = request.param
+    running = RenderedServers(overlay, replicas, tmp_path)
     try:
         running.wait_until_healthy()
         yield running
@@ -148,7 +149,7 @@ def is_unanswered(outcome: object) -> bool:
 
 
 async def followed(platform: JetStreamPlatform, kind: JobKind) -> list[str]:
-    found = []
+    found: list[str] = []
     async for item in platform.job_feed.follow(kind):
         if isinstance(item, CaughtUp):
             return found

@@ -36,17 +36,17 @@ WORKLOADS = ("Deployment", "StatefulSet", "ScaledJob")
 
 
 @cache
-def kubectl() -> Path:
-    """The pinned kubectl; another program under its name is not run."""
-    digest = hashlib.sha256(KUBECTL.read_bytes()).hexdigest()
-    assert digest == KUBECTL_DIGESTS[platform.machine()], f"{KUBECTL} is not the kubectl that is pinned"
-    return KUBECTL
+def pinned_kubectl(program: Path = KUBECTL) -> Path:
+    """The kubectl that is pinned; another program in its place is not run."""
+    digest = hashlib.sha256(program.read_bytes()).hexdigest()
+    assert digest == KUBECTL_DIGESTS[platform.machine()], f"{program} is not the kubectl that is pinned"
+    return program
 
 
 def render(folder: Path) -> list[Manifest]:
     """What `kubectl apply -k` would send to a cluster."""
     done = subprocess.run(
-        [str(kubectl()), "kustomize", str(folder)], capture_output=True, text=True, check=False
+        [str(pinned_kubectl()), "kustomize", str(folder)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return list(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))

@@ -98,7 +98,7 @@ def _names(peers: list[dict[str, Any]] | None, address: str) -> bool:
 
 def others_may_call(manifests: Sequence[Manifest]) -> set[tuple[str, str]]:
     """Workloads that pods of other namespaces may call, each with the labels that those namespaces must have."""
-    anybody = [{"from": [{"namespaceSelector": {}}]}]
+    anybody: list[dict[str, Any]] = [{"from": [{"namespaceSelector": {}}]}]
     found = set()
     for workload in of_kind(manifests, *WORKLOADS):
         rules = _rules(manifests, labels_of(workload), "Ingress")

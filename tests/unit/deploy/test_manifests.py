@@ -19,6 +19,7 @@ from tests.unit.deploy.manifests import (
     environ_of,
     named,
     of_kind,
+    pinned_kubectl,
     pod_of,
     rendered,
     schema_faults,
@@ -385,13 +386,8 @@ def test_a_policy_that_opens_one_side_only_opens_nothing_and_one_that_opens_both
     assert calls(manifests) - CALLS >= {("trainer-worker", "nats", 4222), ("trainer-worker", "nats", 8222)}
 
 
-def test_another_program_under_the_name_of_kubectl_is_not_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from tests.unit.deploy import manifests
-
-    false = tmp_path / "kubectl"
-    false.write_text("#!/bin/sh\n")
-    monkeypatch.setattr(manifests, "KUBECTL", false)
+def test_another_program_under_the_name_of_kubectl_is_not_run(tmp_path: Path) -> None:
+    program = tmp_path / "kubectl"
+    program.write_text("#!/bin/sh\n")
     with pytest.raises(AssertionError, match="is not the kubectl that is pinned"):
-        manifests.kubectl.__wrapped__()
+        pinned_kubectl(program)
