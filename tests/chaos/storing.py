@@ -103,11 +103,11 @@ class Writer:
         cycle_s: how long the last model took that nothing disturbed.
     """
 
-    def __init__(self, client: StorageClient, folder: Path, dice: random.Random) -> None:
+    def __init__(self, channel: Channel, folder: Path, dice: random.Random) -> None:
         self.committed: list[str] = []
         self.cycle_s = FIRST_CYCLE_S
         self.begun = asyncio.Event()
-        self._client = client
+        self._channel = channel
         self._folder = folder
         self._dice = dice
 
@@ -130,13 +130,14 @@ class Writer:
             await asyncio.sleep(OUTAGE_PAUSE_S)
 
     async def _write(self, name: str, paths: list[Path]) -> None:
-        blobs = [await self._client.upload_file(PROJECT, path, "application/octet-stream") for path in paths]
+        client = StorageClient(self._channel)  # a new one takes the straight way again
+        blobs = [await client.upload_file(PROJECT, path, "application/octet-stream") for path in paths]
         components = [
             ModelComponent(path=path.name, key=blob.key, digest=blob.digest, size_bytes=blob.size_bytes)
             for path, blob in zip(paths, blobs, strict=True)
         ]
         manifest = ModelManifest(format=MODEL_FORMAT_DIFFUSERS, family="tiny", components=components)
-        await self._client.register_model(PROJECT, name, manifest)
+        await client.register_model(PROJECT, name, manifest)
 
 
 async def campaign(
@@ -160,8 +161,7 @@ async def campaign(
     await asyncio.to_thread(storage.start)
     try:
         async with Channel(storage.address) as channel:
-            client = StorageClient(channel)
-            writer = Writer(client, folder / "sent", dice)
+            writer = Writer(channel, folder / "sent", dice)
             async with _writing(writer) as task:
                 for number in range(kills):
                     moment_s = dice.uniform(0, writer.cycle_s)
@@ -171,7 +171,7 @@ async def campaign(
                     await _kill(server if victim == "server" else storage)
                     show(f"{victim:<8} {moment_s:6.2f} s into {len(writer.committed)} models")
                 await _next_begun(writer, task)
-            return await _judged(client, server, folder, writer.committed)
+            return await _judged(StorageClient(channel), server, folder, writer.committed)
     finally:
         storage.kill()
 

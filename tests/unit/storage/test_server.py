@@ -34,3 +34,32 @@ def test_each_setting_reaches_its_limit() -> None:
 def test_a_background_that_is_no_colour_is_refused(colour: str) -> None:
     with pytest.raises(ValidationError, match="must be a colour like #ffffff"):
         StorageSettings(alpha_background=colour)
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "address"),
+    [
+        ("", None),
+        ("folder:/srv/artifacts", None),
+        ("s3:https://s3.example.org/likeness", ("https://s3.example.org", "likeness")),
+        ("s3:http://127.0.0.1:8333/likeness/", ("http://127.0.0.1:8333", "likeness")),
+    ],
+)
+def test_artifacts_lie_where_the_setting_says(artifacts: str, address: tuple[str, str] | None) -> None:
+    assert StorageSettings(artifacts=artifacts).s3_address == address
+
+
+@pytest.mark.parametrize(
+    "artifacts",
+    [
+        "likeness",
+        "s3:likeness",
+        "s3:http://s3.example.org",
+        "s3:ftp://s3.example.org/likeness",
+        "s3:https://key:secret@s3.example.org/likeness",
+        "s3:https://s3.example.org/likeness/folder",
+    ],
+)
+def test_a_place_that_is_none_is_refused(artifacts: str) -> None:
+    with pytest.raises(ValidationError, match=r"must be folder:PATH or s3:http\(s\)://HOST/BUCKET"):
+        StorageSettings(artifacts=artifacts)
