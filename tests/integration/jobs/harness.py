@@ -8,7 +8,7 @@ from typing import Any
 
 from likeness.inference.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from likeness.scaling.v1.external_scaler_pb2_grpc import add_ExternalScalerServicer_to_server
-from likeness.storage.v1.artifact_pb2 import Dataset
+from likeness.storage.v1.artifact_pb2 import Dataset, DatasetImage
 from likeness.storage.v1.model_pb2 import Model, ModelFormat
 from likeness.training.v1.training_job_pb2 import ImageSource
 from likeness.training.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
@@ -48,7 +48,10 @@ class OneModel:
         return found
 
     async def import_dataset(self, project: str, source: ImageSource) -> Dataset:
-        raise BadInput("the list holds no readable image", source.field)
+        (key,) = source.artifacts.keys
+        if not key.startswith("picture"):
+            raise BadInput("the list holds no readable image", source.field)
+        return Dataset(images=[DatasetImage(key=f"{project}'s PNG of {key}")])
 
 
 class Api:

@@ -106,6 +106,29 @@ async def test_loras_that_cannot_be_worn_are_refused_together_by_name(drawing: A
     }
 
 
+async def test_pictures_of_a_drawing_are_decoded_at_admission(drawing: Any) -> None:
+    wish = draw(init_image_key="picture", mask_image_key="picture of a mask")
+    spec = (await drawing.CreateGenerationJob(wish)).job.spec
+    assert (spec.init_image_key, spec.strength) == ("p's PNG of picture", 0.7)
+    assert spec.mask_image_key == "p's PNG of picture of a mask"
+
+
+@pytest.mark.parametrize(
+    ("wish", "fault"),
+    [
+        ({"mask_image_key": "picture"}, "mask_image_key: needs init_image_key"),
+        ({"init_image_key": "picture", "strength": 1.5}, "strength: must be between 0 and 1"),
+        ({"init_image_key": "song"}, "init_image_key: is not a picture that can be used"),
+        ({"init_image_key": "picture", "mask_image_key": "song"}, "mask_image_key: is not a picture"),
+    ],
+)
+async def test_pictures_that_cannot_be_started_from_are_refused(
+    drawing: Any, wish: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(InvalidSpec, match=fault):
+        await drawing.CreateGenerationJob(draw(**wish))
+
+
 async def test_all_faults_of_a_drawing_come_at_once(drawing: Any) -> None:
     with pytest.raises(InvalidSpec) as refusal:
         await drawing.CreateGenerationJob(draw(num_images=11, guidance_scale=99))
