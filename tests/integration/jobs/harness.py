@@ -33,7 +33,10 @@ BEAT_S = 0.1
 
 
 class OneModel:
-    """A registry that knows the model `pocket`, and `rex` and `stranger`, a LoRA of its family and one of another."""
+    """A registry that knows the model `pocket`, and `rex` and `stranger`, a LoRA of its family and one of another.
+
+    Of stored files, those are pictures whose key begins with "picture".
+    """
 
     async def get_model(self, project: str, model: str = "") -> Model:
         families = {"pocket": "flat", "rex": "flat", "stranger": "sdxl"}
