@@ -129,7 +129,7 @@ class Turns:
             self._wait()
             return result
 
-        torch.optim.AdamW.step = timed_step  # type: ignore[method-assign]
+        setattr(torch.optim.AdamW, "step", timed_step)  # noqa: B010 - typed as a method that is never replaced
         self._wait()
 
     def note(self, loss: float) -> None:
