@@ -71,8 +71,9 @@ run: setup  ## serve the embedded platform until Ctrl-C
 bench: setup  ## speed and memory, as ratios against peers
 	$(PY) -m tests.bench
 
-chaos: setup  ## kill trainings at random moments; each must end with the bits of an undisturbed one
+chaos: setup  ## kill trainings, then storage and its S3 server, at random moments: the same bits, nothing lost
 	$(PY) -m tests.chaos $(CHAOS_ARGS)
+	$(PY) -m tests.chaos.storing $(CHAOS_ARGS)
 
 eval: setup  ## picture quality: what the base draws, what trainings teach it; writes docs/evaluation
 	$(PY) -m tests.eval
