@@ -21,7 +21,7 @@ def manifests(replicas: int, namespace: str) -> list[dict[str, object]]:
         namespace: where the platform is.
 
     Returns:
-        One for the servers, and one for each service that has a user there; all others need none.
+        One for the servers, one for each service that has a user there, and the first API key for storage.
     """
     passwords = {name: secrets.token_urlsafe(32) for name in (*USERS, "checker", "route")}
     hosts = [f"nats-{number}.nats-peers" for number in range(SERVERS)]
@@ -40,7 +40,8 @@ def manifests(replicas: int, namespace: str) -> list[dict[str, object]]:
         if user == "gateway":
             files["webhook-secret"] = secrets.token_urlsafe(32)
         made.append(_secret(f"{user}-secrets", namespace, files))
-    return made
+    first_key = f"lk_{secrets.token_urlsafe(32)}"
+    return [*made, _secret("storage-secrets", namespace, {"api-key": first_key})]
 
 
 def _variable(user: str) -> str:

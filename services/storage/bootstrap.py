@@ -1,6 +1,7 @@
 """The development key of an installation that is started for the first time."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -45,6 +46,8 @@ async def bootstrap(access: Access, path: Path) -> bool:
 
 
 def _read_or_make(path: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text().strip()  # perhaps a mounted secret, with no room beside it
     path.parent.mkdir(parents=True, exist_ok=True)
     making = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -16,8 +16,9 @@ from services.adapters.jetstream_connection import NoAnswer
 from services.domain.errors import OutcomeUnknown
 from services.domain.job import JobKind
 from services.domain.ports import Beat, CaughtUp
+from services.storage.access import is_secret
 from tests.integration.nats_server import BINARY, answers, free_ports
-from tests.unit.deploy.manifests import K8S, of_kind, rendered
+from tests.unit.deploy.manifests import K8S, WORKLOADS, of_kind, pod_of, rendered
 from tests.unit.jobs.harness import drawing, training
 
 PATIENCE_S = 0.3
@@ -29,6 +30,19 @@ def new_secrets(replicas: int) -> dict[str, Mapping[str, str]]:
     command = [sys.executable, str(K8S / "new_secrets.py"), f"--replicas={replicas}"]
     listed = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     return {each["metadata"]["name"]: each["stringData"] for each in listed["items"]}
+
+
+def test_an_operator_s_secrets_are_those_that_the_pods_mount_and_never_the_same() -> None:
+    made, again = new_secrets(3), new_secrets(3)
+    mounted = {
+        volume["secret"]["secretName"]
+        for each in of_kind(rendered("production"), *WORKLOADS)
+        for volume in pod_of(each)["volumes"]
+        if "secret" in volume
+    }
+    assert set(made) == mounted
+    assert is_secret(made["storage-secrets"]["api-key"])
+    assert all(made[name][file] != again[name][file] for name in made for file in made[name])
 
 
 class RenderedServers:

@@ -188,6 +188,14 @@ async def test_projects_are_listed_by_id(world: World) -> None:
         await world.access.list_projects(-1, "")
 
 
+async def test_bootstrap_takes_a_key_file_that_is_there_and_writes_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "api-key"
+    path.write_text(f"{new_secret()}\n")
+    before = tmp_path.stat().st_mtime_ns
+    assert await bootstrap(World().access, path)
+    assert tmp_path.stat().st_mtime_ns == before
+
+
 async def test_bootstrap_writes_a_working_key_once(tmp_path: Path) -> None:
     world, path = World(), tmp_path / "home" / "api-key"
     assert await bootstrap(world.access, path)
