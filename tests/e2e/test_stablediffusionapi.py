@@ -1,5 +1,6 @@
 """The whole cycle of a client of stablediffusionapi.com: train from links, poll, draw, fetch, delete."""
 
+import base64
 import io
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from services.gateway.dialects.sdapi.training import STATUSES
 from tests.e2e import running
@@ -86,6 +87,13 @@ def picture_of(url: str) -> Image.Image:
     return picture
 
 
+def text_of(picture: Image.Image) -> str:
+    """A picture in base64."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def test_a_client_trains_draws_and_deletes(quick: Platform, links: list[str]) -> None:
     training: dict[str, Any] = {
         "instance_prompt": "photo of adhik person",
@@ -131,6 +139,15 @@ def test_a_client_trains_draws_and_deletes(quick: Platform, links: list[str]) ->
     [again] = fetch(quick, alone["fetch_result"])["output"]
     assert picture_of(again).tobytes() == second.tobytes(), "picture i is that of seed + i"
 
+    half = Image.new("L", (64, 64))
+    half.paste(255, (32, 0, 64, 64))
+    repainting = drawing | {"samples": 1, "init_image": links[0], "mask_image": text_of(half)}
+    [link] = fetch(quick, post(quick, "/api/v4/dreambooth/inpaint", **repainting)["fetch_result"])["output"]
+    kept = ImageOps.fit(picture_of(links[0]), (64, 64), Image.Resampling.LANCZOS).convert("RGB")
+    painted, left, right = picture_of(link), (0, 0, 32, 64), (32, 0, 64, 64)
+    assert painted.crop(left).tobytes() == kept.crop(left).tobytes(), "black is kept to the bit"
+    assert painted.crop(right).tobytes() != kept.crop(right).tobytes()
+
     post(quick, f"/api/v3/finetune/delete/{training_id}")
     assert post(quick, "/api/v3/finetune_list")["data"] == []
     assert post(quick, "/api/v4/dreambooth", **drawing)["message"] == "Model id not found"
@@ -148,6 +165,15 @@ def test_adapters_and_the_sandbox_make_models_that_draw(quick: Platform, links: 
         drawing = {"model_id": training_id, "prompt": "a robot", "width": 64, "height": 64, "steps": 2}
         [link] = fetch(quick, post(quick, "/api/v4/dreambooth", **drawing)["fetch_result"])["output"]
         assert picture_of(link).size == (64, 64)
+        if started is lora:
+            added = drawing | {"model_id": "quick", "lora_model": training_id, "seed": 5}
+            shown = [
+                fetch(quick, post(quick, "/api/v4/dreambooth", **asked)["fetch_result"])["output"][0]
+                for asked in (drawing | {"seed": 5}, added, added | {"lora_strength": "0"})
+            ]
+            own, worn, without = [picture_of(link).tobytes() for link in shown]
+            assert own == worn, "a LoRA's model is its base with the LoRA"
+            assert worn != without
     assert post(quick, f"/api/v3/fine_tune_status/{doomed}")["messege"] == "training_cancelled"
 
 
