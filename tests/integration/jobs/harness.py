@@ -32,6 +32,11 @@ TICK_S = 0.05
 BEAT_S = 0.1
 
 
+def digest_of(model: str) -> str:
+    """What `OneModel` says of a model's weights."""
+    return hashlib.sha256(model.encode()).hexdigest()
+
+
 class OneModel:
     """A registry that knows the model `pocket`, and `rex` and `stranger`, a LoRA of its family and one of another.
 
@@ -42,7 +47,7 @@ class OneModel:
         families = {"pocket": "flat", "rex": "flat", "stranger": "sdxl"}
         if model not in families:
             raise NotFound("no such model")
-        found = Model(model=model, manifest_digest=hashlib.sha256(model.encode()).hexdigest())
+        found = Model(model=model, manifest_digest=digest_of(model))
         found.manifest.family = families[model]
         found.manifest.native_size_px = 512
         if model != "pocket":

@@ -19,7 +19,7 @@ from services.adapters.grpc_client import Channel
 from services.adapters.memory import MemoryPlatform
 from services.domain.errors import AlreadyExists, InvalidSpec, NotFound, WrongState
 from services.domain.job import JobKind
-from tests.integration.jobs.harness import Api, serving, worker
+from tests.integration.jobs.harness import Api, digest_of, serving, worker
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def train(job_id: str = "", **spec: Any) -> trainings.CreateTrainingJobRequest:
 async def test_a_drawing_is_admitted_complete(drawing: Any) -> None:
     job = (await drawing.CreateGenerationJob(draw("a"))).job
     assert job.state == JobState.JOB_STATE_QUEUED
-    assert job.spec.model_digest == "d" * 64
+    assert job.spec.model_digest == digest_of("pocket")
     assert job.spec.width_px == job.spec.height_px == 512
     assert job.spec.num_inference_steps == 50
     assert job.spec.HasField("seed")
