@@ -20,7 +20,9 @@ async def device() -> AsyncIterator[DeviceProcess]:
 
 def command(folder: Path, prompt: str, num_images: int = 2) -> dict[str, Any]:
     model = {"digest": "a" * 64, "folder": "unused", "parts": {}}
-    return {"model": model, "spec": {"prompt": prompt, "num_images": num_images}, "folder": str(folder)}
+    spec = {"prompt": prompt, "num_images": num_images}
+    added: dict[str, Any] = {"loras": [], "embeddings": [], "pictures": {}}
+    return {"model": model, "spec": spec, "folder": str(folder)} | added
 
 
 async def drawn(device: DeviceProcess, job: str, order: dict[str, Any]) -> list[Event]:
