@@ -69,6 +69,11 @@ class SigmaScheduler:
         self._call = call
 
     @property
+    def config(self) -> Any:
+        """The model's configuration, read as the library's objects have theirs read."""
+        return self._schedule.config
+
+    @property
     def alphas_cumprod(self) -> Tensor:
         """The model's schedule: the share of the picture in the variance at each timestep."""
         alphas: Tensor = self._schedule.alphas_cumprod

@@ -25,6 +25,7 @@ PART_BYTES = 5 << 20
 SMALL = random.Random(1).randbytes(300_000)
 LARGE = b"a text that would be found on the disk " * 160_000  # 6.2 MB: two parts
 DOCUMENT = ref_key("dev", "kind", "name")
+END_OF_TIME_MS = 1 << 53
 
 
 def key_of(data: bytes) -> str:
@@ -134,18 +135,21 @@ async def test_the_creator_of_a_document_knows_its_own_when_a_request(
 
 
 async def test_a_store_that_stays_busy_is_unavailable(
-    store: S3ArtifactStore, proxy: S3Proxy, tmp_path: Path
+    store: S3ArtifactStore, requests: S3Requests, proxy: S3Proxy, tmp_path: Path
 ) -> None:
+    uploads = PartedUploads(requests, PART_BYTES, {})
+    await uploads.sweep(END_OF_TIME_MS)  # what other tests left
     proxy.always = Fault.BUSY
     with pytest.raises(Unavailable, match="503 SlowDown"):
         await stored(store, LARGE, tmp_path)
     assert await store.stat(key_of(LARGE)) is None
-    assert await store.sweep() == 0  # the parts went with the failure
+    assert await uploads.sweep(END_OF_TIME_MS) == 0, "the parts went with the failure"
 
 
 async def test_unfinished_uploads_are_invisible_and_swept(
     store: S3ArtifactStore, requests: S3Requests, proxy: S3Proxy
 ) -> None:
+    await PartedUploads(requests, PART_BYTES, {}).sweep(END_OF_TIME_MS)  # what other tests left
     begun = await store.begin_upload(key_of(LARGE), len(LARGE))
     await asyncio.to_thread(put, begun.part_urls[0], LARGE[:PART_BYTES])
     assert await store.stat(key_of(LARGE)) is None
