@@ -34,10 +34,10 @@ SETTINGS: Final = {"LIKENESS_BATCH_CAP": "4"}
 INSTANCE_PICTURES: Final = Path(__file__).parent / "robot"
 INSTANCE_PROMPT: Final = "a photo of a sks robot"
 CLASS_PROMPT: Final = "a robot"
-CLASS_IMAGES: Final = 32
-UPDATES: Final = 280
+CLASS_IMAGES: Final = 28
+UPDATES: Final = 240
 BATCH_SIZE: Final = 4
-LEARNING_RATE: Final = 3e-4
+LEARNING_RATE: Final = 4e-4
 
 # What is asked for: prompts in the words that the base model knows, and the word that it does not.
 PROMPTS: Final = (
