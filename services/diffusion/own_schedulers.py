@@ -6,6 +6,7 @@ the model's own schedule; levels between two of its timesteps are told to the mo
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
@@ -25,7 +26,7 @@ ADAMS_BASHFORTH: Final = (
 """Weights of this prediction and those before it, by how many of them there are."""
 
 
-class SigmaScheduler:
+class SigmaScheduler(ABC):
     """What the three have in common: noise levels, and what the model is told and says at each call.
 
     Calls of :meth:`step` must follow each other; the other methods may be called any number of times before each.
@@ -60,9 +61,9 @@ class SigmaScheduler:
         self._schedule.set_timesteps(steps, device=device)
         self._plan(steps)
 
+    @abstractmethod
     def _plan(self, steps: int) -> None:
         """Sets :attr:`timesteps`, and in `_told` the noise level of the latents at each call."""
-        raise NotImplementedError
 
     def set_begin_index(self, call: int) -> None:
         """Let the walk begin at a later call."""

@@ -6,9 +6,9 @@ same job, one wins and the other picks again. Nothing here knows gRPC; :mod:`ser
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 from likeness.job.v1.job_pb2 import Progress
 
@@ -26,6 +26,7 @@ from services.domain.ports import Beat, BeatFeed, Clock, Revision
 from services.jobs.leases import ECHO_PREFIX, Leases, WorkerBook
 from services.jobs.progress import ProgressBoard
 from services.jobs.records import Move, Records
+from services.jobs.tasks import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -354,14 +355,3 @@ def _check_worker(worker: str) -> None:
         raise InvalidSpec(
             "must be 1 to 64 letters, digits, '_' or '-', and not begin with 'api-'", "worker_id"
         )
-
-
-async def first_of(*waits: Coroutine[Any, Any, Any]) -> None:
-    """Waits for the first of several to end, and ends the others."""
-    tasks = [asyncio.create_task(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -9,8 +9,8 @@ from services.domain.errors import LikenessError, NotFound, Unavailable
 from services.domain.job import JobRecord, JobRef, JobState
 from services.domain.ports import Clock, ProgressLog, Revision
 from services.domain.rules import page_length
-from services.jobs.dispatch import first_of
 from services.jobs.records import Records
+from services.jobs.tasks import first_of
 from services.jobs.views import event_of, progress_event_of
 
 PROGRESS_S: Final = 1.0

@@ -12,10 +12,11 @@ from services.domain import life_cycle as life
 from services.domain.errors import LikenessError
 from services.domain.job import JobRecord, JobRef, Phase
 from services.domain.ports import Clock, Revision
-from services.jobs.dispatch import Dispatcher, first_of
+from services.jobs.dispatch import Dispatcher
 from services.jobs.index import JobIndex
 from services.jobs.records import Move
 from services.jobs.removal import Removal
+from services.jobs.tasks import first_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +35,7 @@ from services.domain.errors import (
     row_of,
 )
 from services.domain.job import JobFailure, Stage
+from services.jobs.tasks import first_of, running
 from services.jobs.worker_client import JobHandle, WorkerClient, last_word
 from services.trainer.checkpoint_uploads import CheckpointUploads, fetch_checkpoint, read_checkpoint
 from services.trainer.delivery import concept_entries, lineage_of, model_manifest, training_result
@@ -461,25 +462,3 @@ def progress_of(event: Event) -> Progress:
 
 def _tell_uploading(handle: JobHandle, done: int, total: int) -> None:
     handle.progress(Progress(stage=JobStage.JOB_STAGE_UPLOADING, step=done, total_steps=total))
-
-
-async def first_of(*works: Coroutine[Any, Any, Any]) -> None:
-    """Waits for the first of several to end; the others are given up."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@contextlib.asynccontextmanager
-async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Lets a piece of work run beside the block; it ends with the block at the latest."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from services.diffusion.drawing import Drawing, Row, encode_context, initial_noise, predict, sampler_of
 from services.diffusion.loading import Components, load_components
-from services.diffusion.lora import Factors, LoraShape, LoraWeights, attach, merge
+from services.diffusion.lora import Factors, LoraShape, LoraWeights, merge
 from services.diffusion.lora_files import read_lora, write_kohya, write_peft
 from services.diffusion.lora_rows import LoraRows, PackedLora, fit, pack
 from services.domain.errors import BadInput
+from tests.unit.diffusion.loras import made
 from tests.unit.diffusion.test_lora_files import CARD
 
 WRITERS: dict[str, Callable[..., None]] = {"peft": write_peft, "kohya": write_kohya}
@@ -24,22 +25,6 @@ SMALL = LoraShape(rank=2, alpha=3.0)
 LOCON = LoraShape(rank=5, alpha=2.5, conv_rank=3, conv_alpha=4.0)
 STRENGTHS = (0.8, 1.3)
 PROMPTS = ["blurry", "a photo of a dog"]
-
-
-def made(components: Components, shape: LoraShape, seed: int) -> LoraWeights:
-    """A LoRA without zeros for both parts of a model, large enough to be seen."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(_name: str, size: tuple[int, ...]) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    modules: dict[str, Factors] = {}
-    for part in ("unet", "text_encoder"):
-        adapter = attach(getattr(components, part), shape, part=part, initial=normal)
-        adapter.detach()
-        for name, factors in adapter.weights().modules.items():
-            modules[name] = Factors(factors.a, normal(name, tuple(factors.b.shape)) * 0.1, factors.alpha)
-    return LoraWeights(modules)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from services.diffusion.drawing import Drawing, decode, to_image
 from services.diffusion.loading import Components
-from services.diffusion.lora import Factors, LoraShape, LoraWeights, attach, merge
+from services.diffusion.lora import LoraShape, merge
 from services.diffusion.lora_card import LoraCard
 from services.diffusion.lora_files import read_lora, write_kohya, write_peft
 from services.domain.errors import BadInput
@@ -27,6 +27,7 @@ from services.inference.adapters import (
 )
 from services.inference.engine import Engine
 from services.inference.slot import Slot, open_slots
+from tests.unit.diffusion.loras import made
 
 BASE = Drawing("a photo of a dog", "blurry", num_inference_steps=3, seed=5)
 CARD = LoraCard(title="x", base_model="tiny", family="tiny")
@@ -37,19 +38,8 @@ def lora_file(
     components: Components, path: Path, seed: int, shape: LoraShape, strength: float = 1.0
 ) -> LoraFile:
     """A LoRA for both parts that can be seen in pictures."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(_name: str, size: tuple[int, ...]) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    modules: dict[str, Factors] = {}
-    for part in ("unet", "text_encoder"):
-        adapter = attach(getattr(components, part), shape, part=part, initial=normal)
-        adapter.detach()
-        for name, factors in adapter.weights().modules.items():
-            modules[name] = Factors(factors.a, normal(name, tuple(factors.b.shape)) * 0.1, factors.alpha)
     write = write_kohya if seed % 2 else write_peft
-    write(LoraWeights(modules), path, CARD)
+    write(made(components, shape, seed), path, CARD)
     return LoraFile(path.stem, f"{seed:064x}", path, strength)
 
 
